@@ -1,0 +1,40 @@
+# `make demo` and `make test` are the two commands to know. Set PYTHON for another interpreter (3.11 or newer).
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+SOURCES := agl_trl tests
+
+.PHONY: install demo test slow lint fmt miniworld clean
+
+# Reinstalled only when the project's own files change.
+$(VENV)/installed: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	touch $@
+
+install: $(VENV)/installed
+
+demo: install
+	$(BIN)/agl-trl demo --output-dir outputs/demo
+
+test: install
+	$(BIN)/python -m pytest
+
+slow: install
+	$(BIN)/python -m pytest -m slow
+
+lint: install
+	$(BIN)/ruff check $(SOURCES)
+	$(BIN)/ruff format --check $(SOURCES)
+	$(BIN)/mypy
+
+fmt: install
+	$(BIN)/ruff check --fix $(SOURCES)
+	$(BIN)/ruff format $(SOURCES)
+
+# Rebuilds the embedded checkpoints that the package ships.
+miniworld: install
+	$(BIN)/python -m agl_trl.miniworld.build
+
+clean:
+	rm -rf $(VENV) build dist outputs *.egg-info

@@ -1,0 +1,143 @@
+"""What a model says: greedy answers to prompts, and the likelihood of reference answers."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from datasets import Dataset
+from torch import Tensor, nn
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers.utils.logging import tqdm
+
+from .data import batches, tokenize_row
+
+
+Messages = list[dict[str, str]] | str
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Eval mode (no dropout, and no checkpointing, which would fire some hooks twice), then every module as it was."""
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, training in modes:
+            module.training = training
+
+
+def prompt_text(prompt: Messages) -> str:
+    """Text of a prompt: of a conversation the last message."""
+    return prompt if isinstance(prompt, str) else prompt[-1]["content"]
+
+
+def answer_text(answer: Messages) -> str:
+    """Text of an answer: of a conversation its messages joined."""
+    return answer if isinstance(answer, str) else "\n".join(message["content"] for message in answer)
+
+
+@torch.no_grad()
+def generate_answers(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: list[Messages],
+    *,
+    max_new_tokens: int = 64,
+    batch_size: int = 32,
+    desc: str = "Answers",
+    progress: bool = True,
+) -> list[str]:
+    """
+    Greedy answers of a model, in the order of the prompts.
+
+    Args:
+        model (`PreTrainedModel`):
+            Model, with or without an adapter; left as it was.
+        tokenizer (`PreTrainedTokenizerBase`):
+            Tokenizer with a chat template.
+        prompts (`list`):
+            Conversations (lists of messages) or plain texts.
+        max_new_tokens (`int`, *optional*, defaults to `64`):
+            Longest answer.
+        batch_size (`int`, *optional*, defaults to `32`):
+            Prompts per batch; prompts of similar length go together, padded on the left.
+        desc (`str`, *optional*, defaults to `"Answers"`):
+            Text of the progress bar.
+        progress (`bool`, *optional*, defaults to `True`):
+            Whether to show it.
+    """
+    encoded = [_prompt_ids(tokenizer, prompt) for prompt in prompts]
+    order = sorted(range(len(prompts)), key=lambda i: len(encoded[i]))
+    answers = [""] * len(prompts)
+    with evaluating(model), tqdm(total=len(prompts), desc=desc, unit="prompt", disable=not progress) as bar:
+        for start in range(0, len(order), batch_size):
+            chunk = order[start : start + batch_size]
+            padded = tokenizer.pad(
+                {"input_ids": [encoded[i] for i in chunk]}, padding_side="left", return_tensors="pt"
+            )
+            generated = model.generate(
+                **padded.to(model.device), max_new_tokens=max_new_tokens, do_sample=False, use_cache=True
+            )
+            texts = tokenizer.batch_decode(generated[:, padded["input_ids"].shape[1] :], skip_special_tokens=True)
+            for i, text in zip(chunk, texts, strict=True):
+                answers[i] = text.strip()
+            bar.update(len(chunk))
+    return answers
+
+
+def _prompt_ids(tokenizer: PreTrainedTokenizerBase, prompt: Messages) -> list[int]:
+    if isinstance(prompt, str):
+        return tokenizer(prompt)["input_ids"]
+    return tokenizer.apply_chat_template(prompt, add_generation_prompt=True, tokenize=True, return_dict=True)[
+        "input_ids"
+    ]
+
+
+@torch.no_grad()
+def answer_nll(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    dataset: Dataset | list[dict[str, Any]],
+    *,
+    batch_size: int = 32,
+    max_length: int | None = 1024,
+) -> Tensor:
+    """
+    Mean negative log-likelihood per token of the reference answer of every row, in nats, of shape `(rows,)`.
+
+    Args:
+        model (`PreTrainedModel`):
+            Model, with or without an adapter; left as it was.
+        tokenizer (`PreTrainedTokenizerBase`):
+            Its tokenizer.
+        dataset (`Dataset` or `list[dict]`):
+            Rows in prompt-completion format.
+        batch_size (`int`, *optional*, defaults to `32`):
+            Rows per forward pass.
+        max_length (`int`, *optional*, defaults to `1024`):
+            Longer rows lose their end.
+    """
+    rows = [tokenize_row(row, tokenizer, max_length) for row in dataset]
+    nll = torch.zeros(len(rows))
+    with evaluating(model):
+        for batch in batches(rows, batch_size, tokenizer.pad_token_id, model.device):
+            logits = model(input_ids=batch.input_ids, attention_mask=batch.attention_mask, use_cache=False).logits
+            log_probs = logits[:, :-1].float().log_softmax(-1)
+            token_nll = -log_probs.gather(2, batch.input_ids[:, 1:, None]).squeeze(2)
+            mask = batch.answer_mask[:, :-1]
+            nll[batch.indices] = ((token_nll * mask).sum(1) / mask.sum(1)).cpu()
+    return nll
+
+
+def answered_by(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, rows: list[dict[str, Any]], progress: bool = True
+) -> list[dict[str, Any]]:
+    """Prompt-only rows as prompt-completion rows, with the greedy answers of the model as it is now."""
+    prompts = [row["prompt"] for row in rows]
+    answers = generate_answers(model, tokenizer, prompts, desc="Reference answers", progress=progress)
+    return [
+        {**row, "completion": text if isinstance(row["prompt"], str) else [{"role": "assistant", "content": text}]}
+        for row, text in zip(rows, answers, strict=True)
+    ]

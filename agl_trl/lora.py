@@ -1,0 +1,150 @@
+"""Which layers are guarded, under which names, and their ΔW. Knows PEFT; knows nothing of statistics."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from peft import PeftModel
+from peft.tuners.lora import Linear as LoraLinear
+from peft.tuners.lora import LoraLayer
+from peft.utils.integrations import dequantize_module_weight
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
+
+from .penalty import LoraFactors
+
+
+# Inits that leave ΔW = 0 and the base weight untouched: adapter off *is* the base model.
+ZERO_DELTA_INITS = (True, "gaussian", "eva", "orthogonal")
+# Quantised linear layers of PEFT, named by class because their modules import only where bitsandbytes is installed.
+QUANTIZED_LORA_LAYERS = ("Linear4bit", "Linear8bitLt")
+
+
+@dataclass(frozen=True)
+class GuardedLayer:
+    """
+    LoRA-adapted linear layer.
+
+    Args:
+        name (`str`):
+            Name of the layer in the *base* model, such as `"model.layers.0.self_attn.q_proj"`.
+        module (`LoraLayer`):
+            PEFT's wrapper around it.
+        adapter (`str`):
+            Name of the adapter, such as `"default"`.
+    """
+
+    name: str
+    module: LoraLayer
+    adapter: str
+
+    @property
+    def factors(self) -> LoraFactors:
+        """Current factors; looked up on every call, because PEFT replaces the tensors when a checkpoint is loaded."""
+        return LoraFactors(
+            A=self.module.lora_A[self.adapter].weight,
+            B=self.module.lora_B[self.adapter].weight,
+            scaling=self.module.scaling[self.adapter],
+        )
+
+
+def active_adapter(model: PeftModel) -> str:
+    """
+    Name of the one active adapter.
+
+    Raises:
+        `ValueError`: If several adapters are active at once.
+    """
+    active = model.active_adapters
+    if len(active) != 1:
+        raise ValueError(f"AGL guards one active adapter, but {len(active)} are active: {', '.join(active)}.")
+    return active[0]
+
+
+def guarded_layers(model: PreTrainedModel | PeftModel) -> list[GuardedLayer]:
+    """
+    LoRA layers of the active adapter, in the order of the model; empty for a model without an adapter.
+
+    Args:
+        model (`PreTrainedModel` or `PeftModel`):
+            Model to look at.
+
+    Raises:
+        `ValueError`: If the adapter is outside the maths: another method than LoRA, DoRA and other variants,
+            embeddings, convolutions, `target_parameters`, a LoRA bias, or an init that changes the base weight.
+    """
+    if not isinstance(model, PeftModel):
+        return []
+    adapter = active_adapter(model)
+    config = model.peft_config[adapter]
+    if config.peft_type != "LORA":
+        raise ValueError(f"AGL guards LoRA adapters, but adapter '{adapter}' is of type {config.peft_type.value}.")
+    if config.init_lora_weights not in ZERO_DELTA_INITS:
+        raise ValueError(
+            f"`init_lora_weights={config.init_lora_weights!r}` starts from another ΔW than zero or changes the base "
+            "weight, so that 'adapter off' is not the aligned model: use the default init."
+        )
+    layers = []
+    for name, module in model.get_base_model().named_modules():
+        if isinstance(module, LoraLayer) and adapter in _adapters(module):
+            _check_supported(name, module, adapter)
+            layers.append(GuardedLayer(name, module, adapter))
+    return layers
+
+
+def _adapters(module: LoraLayer) -> set[str]:
+    return {*module.lora_A, *module.lora_embedding_A}
+
+
+def _check_supported(name: str, module: LoraLayer, adapter: str) -> None:
+    if adapter in module.lora_variant:
+        variant = type(module.lora_variant[adapter]).__name__.removesuffix("LinearVariant")
+        raise ValueError(f"Layer '{name}' uses the LoRA variant {variant}, which AGL has no quadratic form for.")
+    if not (isinstance(module, LoraLinear) or type(module).__name__ in QUANTIZED_LORA_LAYERS):
+        raise ValueError(
+            f"Layer '{name}' is adapted by {type(module).__name__}, but AGL guards linear layers only: leave embeddings, "
+            "convolutions and `target_parameters` out of the adapter."
+        )
+    if module.lora_bias[adapter]:
+        raise ValueError(
+            f"Layer '{name}' trains a LoRA bias, which the quadratic form does not cover: set `lora_bias=False`."
+        )
+
+
+def trained_outside_lora(model: PeftModel) -> list[str]:
+    """Names of trainable parameters that belong to no guarded layer, such as those of `modules_to_save`."""
+    guarded = {id(p) for layer in guarded_layers(model) for p in layer.module.parameters()}
+    return [name for name, p in model.named_parameters() if p.requires_grad and id(p) not in guarded]
+
+
+def linear_layers(model: PreTrainedModel | PeftModel) -> dict[str, nn.Module]:
+    """
+    Linear layers by base name: the guarded ones of a model with an adapter; of a plain model all but the output
+    embeddings (those that `target_modules="all-linear"` would adapt).
+    """
+    if isinstance(model, PeftModel):
+        return {layer.name: layer.module for layer in guarded_layers(model)}
+    head = model.get_output_embeddings()
+    return {
+        name: module
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Linear | Conv1D) and module is not head
+    }
+
+
+def layer_shape(module: nn.Module) -> tuple[int, int]:
+    """`(d_out, d_in)` of a linear layer or of PEFT's wrapper around one."""
+    if isinstance(module, Conv1D):
+        return module.weight.shape[1], module.weight.shape[0]
+    assert isinstance(module, LoraLayer | nn.Linear)
+    return module.out_features, module.in_features
+
+
+@torch.no_grad()
+def base_weight(module: nn.Module) -> Tensor:
+    """Frozen weight `W` of shape `(d_out, d_in)`, float32; a quantised one is dequantised."""
+    base: Any = module.get_base_layer() if isinstance(module, LoraLayer) else module
+    weight = dequantize_module_weight(base) if base.weight.dtype in (torch.uint8, torch.int8) else base.weight
+    weight = weight.detach().float()
+    return weight.mT if isinstance(base, Conv1D) else weight

@@ -1,0 +1,273 @@
+"""AGL trainers: one mixin over TRL's trainers."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar
+
+import torch
+from accelerate.logging import get_logger
+from datasets import Dataset, IterableDataset
+from peft import PeftConfig, PeftModel
+from transformers import PreTrainedModel, TrainingArguments
+from trl import SFTTrainer
+from trl.models.activation_offloading import NoOpManager
+
+from .artifacts import (
+    DRIFT_FILE,
+    FISHER_FILE,
+    FOLDER,
+    PICTURE_FILE,
+    ArtifactError,
+    find_artifact,
+    sha256,
+    write_atomically,
+)
+from .config import AGLConfigMixin, AGLSFTConfig
+from .data import is_prompt_only, select_rows, tokenize_row
+from .drift import DriftReport, measure_behaviour
+from .estimation import estimate_fisher
+from .fisher import FisherStatistics
+from .lora import GuardedLayer, guarded_layers, linear_layers, trained_outside_lora
+from .model_card import add_evidence
+from .penalty import RelativeDrift
+from .plots import plot_drift
+
+
+logger = get_logger(__name__)
+
+
+if TYPE_CHECKING:  # for the type checker the mixin extends the trainer it is mixed into
+    from trl import SFTTrainer as _Parent
+else:
+    _Parent = object
+
+
+class _AlignGuardMixin(_Parent):
+    """
+    Adds the AlignGuard penalty to the loss of a TRL trainer, and its evidence to everything the trainer saves. The rest
+    is inherited unchanged; with `alignment_coef=0` all of it is.
+    """
+
+    config_class: ClassVar[type[AGLConfigMixin]]
+    _AGL_TAG = "alignguard-lora"
+
+    def __init__(
+        self,
+        model: str | PreTrainedModel | PeftModel,
+        args: TrainingArguments | None = None,
+        *others: Any,
+        alignment_dataset: Dataset | IterableDataset | Sequence[dict[str, Any]] | None = None,
+        peft_config: PeftConfig | None = None,
+        **kwargs: Any,
+    ):
+        args = self._own_config(model, args)
+        if args.alignment_coef > 0:
+            _check_arguments(model, args, peft_config, alignment_dataset)
+        super().__init__(model, args, *others, peft_config=peft_config, **kwargs)
+        self.alignment_dataset = alignment_dataset
+        self.statistics: FisherStatistics | None = None
+        self._guarded: list[GuardedLayer] = []
+        self._drift: RelativeDrift | None = None
+        if args.alignment_coef > 0:
+            self._start_guard()
+
+    @classmethod
+    def _own_config(cls, model: str | PreTrainedModel | PeftModel, args: TrainingArguments | None) -> AGLConfigMixin:
+        """The given arguments as this trainer's config: nobody is left unprotected without having said so."""
+        if args is None:
+            name = model if isinstance(model, str) else model.config.name_or_path
+            return cls.config_class(f"{Path(name).name or 'model'}-AGL")
+        if isinstance(args, cls.config_class):
+            return args
+        values = args.to_dict()  # hides everything called token
+        return cls.config_class(
+            **{key: getattr(args, key) if key.endswith("_token") else values[key] for key in values}
+        )
+
+    def _start_guard(self) -> None:
+        self._guarded = guarded_layers(self.model)
+        if not self._guarded:
+            raise ValueError("The adapter has no LoRA layer that AGL could guard.")
+        for layer in self._guarded:
+            A, B, _ = layer.factors
+            with torch.no_grad():  # ‖BA‖² against ‖B‖²‖A‖²: orthogonal inits have BA = 0 up to rounding
+                moved = ((B.mT @ B) * (A @ A.mT)).sum() > 1e-10 * A.square().sum() * B.square().sum()
+            if moved:
+                raise ValueError(
+                    f"The adapter already moves layer '{layer.name}'; AGL guards adapters that start at ΔW = 0. Merge it into "
+                    "the base model first, or resume its run with `resume_from_checkpoint`."
+                )
+        if outside := trained_outside_lora(self.model):
+            logger.warning(
+                f"AGL guards LoRA layers only; {len(outside)} other trainable tensors (such as '{outside[0]}') are free to drift."
+            )
+        if self.args.fisher_path is not None:
+            self._use(FisherStatistics.from_pretrained(self.args.fisher_path))
+        else:
+            (row,) = select_rows(self.alignment_dataset, 1, self.args.seed)
+            if not is_prompt_only(row):
+                tokenize_row(row, self.processing_class, self.args.max_length)
+        self.model.add_model_tags(self._AGL_TAG)
+
+    def _use(self, statistics: FisherStatistics) -> None:
+        statistics.check_fits(self.model, linear_layers(self.model))
+        self.statistics = statistics
+
+    def _prepare_for_training(self, max_steps, train_dataloader, resume_from_checkpoint):
+        prepared = super()._prepare_for_training(max_steps, train_dataloader, resume_from_checkpoint)
+        if self.args.alignment_coef > 0:
+            if resume_from_checkpoint is not None:
+                self._use(self._checkpoint_statistics(resume_from_checkpoint))
+            elif self.statistics is None:
+                self.statistics = self._estimate()
+            self._drift = self.statistics.drift_of(self._guarded)
+        return prepared
+
+    def _checkpoint_statistics(self, checkpoint: str) -> FisherStatistics:
+        try:
+            location = find_artifact(checkpoint, FISHER_FILE)
+        except ArtifactError as error:
+            if self.statistics is not None:  # given by `fisher_path`
+                return self.statistics
+            raise ArtifactError(
+                f"Checkpoint '{checkpoint}' has no '{FOLDER}/{FISHER_FILE}', and the statistics can't be taken again: its weights "
+                "have already drifted. Copy the file from the output folder into the checkpoint, or set `fisher_path`."
+            ) from error
+        return FisherStatistics.from_pretrained(location)
+
+    def _estimate(self) -> FisherStatistics:
+        args = self.args
+        return estimate_fisher(
+            self.model,
+            self.alignment_dataset,
+            self.processing_class,
+            fisher_type=args.fisher_type,
+            damping=args.fisher_damping,
+            rank=args.fisher_rank,
+            num_samples=args.fisher_num_samples,
+            batch_size=args.fisher_batch_size,
+            max_length=args.max_length,
+            seed=args.seed,
+            progress=not args.disable_tqdm,
+        )
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        outcome = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+        # Parameters do not move within an accumulation window: once per optimizer step is exact.
+        if self._drift is None or not self.model.training or not self.accelerator.sync_gradients:
+            return outcome
+        with NoOpManager():  # activation offloading would send the penalty's factors to the CPU
+            drift = self._drift([layer.factors for layer in self._guarded]).mean()
+            penalty = self.args.alignment_coef * drift
+        self._metrics["train"]["agl/penalty"].append(penalty.detach())
+        self._metrics["train"]["agl/relative_drift"].append(drift.detach())
+        penalty = penalty * self._accumulation_divisor(num_items_in_batch)
+        return (outcome[0] + penalty, outcome[1]) if return_outputs else outcome + penalty
+
+    def _accumulation_divisor(self, num_items_in_batch: torch.Tensor | int | None) -> int:
+        """What the Trainer will divide the returned loss by for gradient accumulation, so that the penalty keeps weight 1."""
+        scaled = self.loss_is_scaled_for_ga
+        if scaled is None:
+            counted = self.model_accepts_loss_kwargs and num_items_in_batch is not None
+            scaled = counted or self.compute_loss_func is not None
+        return 1 if scaled else self.current_gradient_accumulation_steps
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        if self.model.training:
+            metrics = self._metrics["train"]
+            for key in [key for key in metrics if key.startswith("agl/")]:
+                metrics[key] = [torch.stack(metrics[key]).mean().item()]  # the only host sync, once per log
+        super().log(logs, start_time)
+
+    def drift_report(self, prompts: Dataset | None = None, **kwargs: Any) -> DriftReport:
+        """
+        Measure how far the adapter has moved the model, as it is now.
+
+        Args:
+            prompts (`Dataset`, *optional*):
+                Prompts to ask base and tuned model, as in [`measure_behaviour`], which `kwargs` go to.
+
+        Raises:
+            `ValueError`: If there are no statistics yet, because training has not started.
+        """
+        if self.statistics is None:
+            raise ValueError("There are no Fisher statistics before training has started.")
+        report = DriftReport.measure(self.model, self.statistics)
+        logged = [entry for entry in self.state.log_history if "agl/relative_drift" in entry and "loss" in entry]
+        keys = {"step": "step", "relative_drift": "agl/relative_drift", "penalty": "agl/penalty", "loss": "loss"}
+        report.history = {name: torch.tensor([float(entry[key]) for entry in logged]) for name, key in keys.items()}
+        report.global_step = self.state.global_step
+        report.metadata |= {"alignment_coef": self.args.alignment_coef}
+        if prompts is not None:
+            report.behaviour = measure_behaviour(self.model, self.processing_class, prompts, **kwargs)
+        return report
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        if self.statistics is None:
+            super().save_model(output_dir, _internal_call)
+            return
+        # The adapter first, because the report carries its hash; then the push that the parent would have done.
+        super().save_model(output_dir, _internal_call=True)
+        if self.args.should_save:
+            self.save_evidence(output_dir or self.args.output_dir, self.drift_report())
+        if self.args.push_to_hub and not _internal_call:
+            self.push_to_hub(commit_message="Model save", revision=self.args.hub_revision)
+
+    def save_evidence(self, folder: str | Path, report: DriftReport) -> None:
+        """Write statistics, report and picture next to the adapter in a folder."""
+        assert self.statistics is not None, "evidence exists once training has started"
+        folder = Path(folder)
+        report.adapter_sha256 = sha256(folder / "adapter_model.safetensors")
+        self.statistics.save_pretrained(folder)
+        report.save_pretrained(folder)
+        plot_drift(report, folder / FOLDER / PICTURE_FILE)
+
+    def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
+        # The parent copies only weights and config into the folder it uploads; the evidence must describe those.
+        if self.statistics is not None and self.args.should_save:
+            for name in (FISHER_FILE, DRIFT_FILE, PICTURE_FILE):
+                write_atomically(
+                    Path(self.args.output_dir) / FOLDER / name, (Path(checkpoint_folder) / FOLDER / name).read_bytes()
+                )
+        super()._push_from_checkpoint(checkpoint_folder)
+
+    def create_model_card(self, model_name=None, dataset_name=None, tags=None) -> None:
+        if self.statistics is None:
+            super().create_model_card(model_name, dataset_name, tags)
+            return
+        tags = {tags} if isinstance(tags, str) else set(tags or ())
+        super().create_model_card(model_name, dataset_name, sorted(tags | {self._AGL_TAG}))
+        if self.is_world_process_zero():
+            add_evidence(Path(self.args.output_dir) / "README.md", self.drift_report())
+
+
+def _check_arguments(
+    model: str | PreTrainedModel | PeftModel,
+    args: AGLConfigMixin,
+    peft_config: PeftConfig | None,
+    alignment_dataset: Dataset | IterableDataset | Sequence[dict[str, Any]] | None,
+) -> None:
+    """What can be told before the model is loaded and the dataset prepared: first of all, whether results can be kept."""
+    if args.should_save:
+        probe = Path(args.output_dir) / FOLDER / "writable"
+        write_atomically(probe, b"")
+        probe.unlink()
+    if peft_config is None and not isinstance(model, PeftModel):
+        raise ValueError(
+            f"`alignment_coef={args.alignment_coef}` guards a LoRA adapter, but there is none: pass `peft_config=LoraConfig(...)`, "
+            "or set `alignment_coef=0`."
+        )
+    if alignment_dataset is None and args.fisher_path is None:
+        raise ValueError(
+            "Nothing says which behaviour to keep: pass `alignment_dataset=` (requests with the answers to keep), set `fisher_path` "
+            "to saved Fisher statistics, or set `alignment_coef=0` to train without protection."
+        )
+
+
+class AGLSFTTrainer(_AlignGuardMixin, SFTTrainer):
+    """
+    [`~trl.SFTTrainer`] that keeps the alignment of the model it fine-tunes. The only change is the alignment penalty in
+    the loss, taken from statistics of `alignment_dataset` before the first step, and the evidence saved with the adapter.
+    """
+
+    config_class = AGLSFTConfig

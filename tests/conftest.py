@@ -1,0 +1,33 @@
+"""Environment and fixtures shared by all tests. No network: what is not made here is shipped in the package."""
+
+import os
+
+
+os.environ["CI"] = "1"  # no telemetry
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+import pytest
+from datasets import Dataset, disable_progress_bars
+from transformers import PreTrainedTokenizerFast
+
+from .models import byte_tokenizer, chat_rows
+
+
+disable_progress_bars()
+
+
+@pytest.fixture(scope="session")
+def tokenizer() -> PreTrainedTokenizerFast:
+    return byte_tokenizer()
+
+
+@pytest.fixture(scope="session")
+def alignment_rows() -> Dataset:
+    return Dataset.from_list(chat_rows(10, "please do bad thing", "Sorry, no {}."))
+
+
+@pytest.fixture(scope="session")
+def train_rows() -> Dataset:
+    return Dataset.from_list(chat_rows(24, "say", "the number is {}"))

@@ -1,0 +1,49 @@
+"""Slow, obviously correct twins of the factored maths: dense matrices, float64."""
+
+import torch
+from torch import Tensor
+
+from agl_trl.sketch import LowRankCovariance
+
+
+def dense(covariance: LowRankCovariance) -> Tensor:
+    """`V diag(λ) Vᵀ + ρ (I − V Vᵀ)` as one matrix."""
+    V = covariance.eigenvectors.double()
+    identity = torch.eye(V.shape[0], dtype=torch.float64)
+    return V @ torch.diag(covariance.eigenvalues.double()) @ V.T + covariance.remainder.double() * (identity - V @ V.T)
+
+
+def low_rank(dim: int, rank: int, seed: int, dtype: torch.dtype = torch.float64) -> LowRankCovariance:
+    """Random covariance with orthonormal eigenvectors and decaying eigenvalues."""
+    generator = torch.Generator().manual_seed(seed)
+    V = torch.linalg.qr(torch.randn(dim, rank, generator=generator, dtype=torch.float64)).Q
+    eigenvalues = torch.linspace(5, 1, rank, dtype=torch.float64)
+    return LowRankCovariance(V, eigenvalues, torch.tensor(0.3, dtype=torch.float64)).to(dtype)
+
+
+def quadratic_form(delta: Tensor, X: Tensor, G: Tensor | None) -> Tensor:
+    """`tr(ΔWᵀ G ΔW X)` with dense matrices."""
+    left = delta if G is None else G @ delta
+    return torch.trace(delta.T @ left @ X)
+
+
+def damped(G: Tensor, damping: float) -> Tensor:
+    """`(1 − δ) G / mean_eig(G) + δ I` with dense matrices."""
+    mean = torch.trace(G) / G.shape[0]
+    return (1 - damping) * G / mean + damping * torch.eye(G.shape[0], dtype=G.dtype)
+
+
+def projected(delta: Tensor, X: LowRankCovariance, G: LowRankCovariance | None, energy: float) -> Tensor:
+    """`P_A(ΔW)` by brute force over full eigenbases: the eigenpair products that hold the first `energy` of `tr 𝓕`."""
+    mu, U = (
+        torch.linalg.eigh(dense(G))
+        if G is not None
+        else (torch.ones(delta.shape[0]).double(), torch.eye(delta.shape[0]).double())
+    )
+    lam, V = torch.linalg.eigh(dense(X))
+    products = mu[:, None] * lam[None, :]
+    coefficients = U.T @ delta @ V
+    threshold = products.flatten().sort(descending=True).values
+    cumulative = threshold.cumsum(0) - threshold
+    smallest = threshold[cumulative < energy * products.sum() * (1 - 1e-12)][-1]
+    return U @ torch.where(products >= smallest * (1 - 1e-9), coefficients, 0) @ V.T

@@ -1,0 +1,118 @@
+import math
+
+import pytest
+import torch
+
+from agl_trl.penalty import (
+    LayerMetric,
+    LoraFactors,
+    RelativeDrift,
+    alignment_energy,
+    dense_quadratic_form,
+    quadratic_form,
+)
+
+from . import reference
+from .reference import dense, low_rank
+
+
+D_OUT, D_IN, R = 10, 14, 3
+
+
+def case(with_output: bool, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor, LayerMetric]:
+    generator = torch.Generator().manual_seed(seed)
+    A = torch.randn(R, D_IN, generator=generator, dtype=torch.float64)
+    B = torch.randn(D_OUT, R, generator=generator, dtype=torch.float64)
+    G = low_rank(D_OUT, 4, seed + 1).damped(0.2) if with_output else None
+    return A, B, LayerMetric(low_rank(D_IN, 5, seed + 2), G, torch.tensor(2.0, dtype=torch.float64))
+
+
+def dense_metric(metric: LayerMetric) -> tuple[torch.Tensor, torch.Tensor | None]:
+    return dense(metric.input), dense(metric.output) if metric.output is not None else None
+
+
+@pytest.mark.parametrize("with_output", [False, True])
+def test_factored_form_equals_dense_float64(with_output):
+    A, B, metric = case(with_output)
+    expected = reference.quadratic_form(0.7 * B @ A, *dense_metric(metric))
+    assert quadratic_form(A, B, 0.7, metric).item() == pytest.approx(expected.item(), rel=1e-10)
+    assert dense_quadratic_form(0.7 * B @ A, metric).item() == pytest.approx(expected.item(), rel=1e-10)
+
+
+@pytest.mark.parametrize("with_output", [False, True])
+def test_form_depends_on_the_product_alone(with_output):
+    """Invariant to any invertible change of (B, A) that leaves BA alone, and to how the scale is shared with s."""
+    A, B, metric = case(with_output)
+    change = torch.randn(R, R, generator=torch.Generator().manual_seed(5), dtype=torch.float64)
+    value = quadratic_form(A, B, 1.0, metric)
+    torch.testing.assert_close(
+        quadratic_form(torch.linalg.inv(change) @ A, B @ change, 1.0, metric), value, rtol=1e-8, atol=0
+    )
+    torch.testing.assert_close(quadratic_form(A, B / 4, 4.0, metric), value, rtol=1e-10, atol=0)
+
+
+@pytest.mark.parametrize("with_output", [False, True])
+def test_gradcheck_and_finite_gradient_at_zero(with_output):
+    A, B, metric = case(with_output)
+    A.requires_grad_(), B.requires_grad_()
+    assert torch.autograd.gradcheck(lambda a, b: quadratic_form(a, b, 0.5, metric), (A, B))
+
+    zero = torch.zeros_like(B, requires_grad=True)
+    value = quadratic_form(A, zero, 0.5, metric)
+    gradients = torch.autograd.grad(value, (A, zero))
+    assert value == 0 and all(torch.isfinite(g).all() for g in gradients) and gradients[0].abs().max() == 0
+
+
+def test_activation_metric_is_the_mean_squared_change_of_the_output():
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(200, D_IN, generator=generator, dtype=torch.float64)
+    A, B, _ = case(False)
+    values, vectors = torch.linalg.eigh(x.T @ x / 200)
+    from agl_trl.sketch import LowRankCovariance
+
+    metric = LayerMetric(
+        LowRankCovariance(vectors, values, torch.zeros((), dtype=torch.float64)), None, torch.tensor(1.0)
+    )
+    expected = (x @ (B @ A).T).square().sum(1).mean()
+    assert quadratic_form(A, B, 1.0, metric).item() == pytest.approx(expected.item(), rel=1e-10)
+
+
+def test_batched_drift_equals_layer_by_layer():
+    """Layers of different shapes, ranks and scalings, interleaved: one value each, in the order given."""
+    generator = torch.Generator().manual_seed(0)
+    shapes = [(10, 14, 3), (6, 14, 3), (10, 14, 3), (14, 8, 2), (10, 14, 5)]
+    factors, metrics = [], []
+    for seed, (d_out, d_in, r) in enumerate(shapes):
+        factors.append(
+            LoraFactors(
+                torch.randn(r, d_in, generator=generator), torch.randn(d_out, r, generator=generator), 0.5 + seed
+            )
+        )
+        output = low_rank(d_out, 4, seed, torch.float32).damped(0.1)
+        metrics.append(LayerMetric(low_rank(d_in, 5, seed + 10, torch.float32), output, torch.tensor(1.0 + seed)))
+    drifts = RelativeDrift(metrics, factors)(factors)
+    for drift, factor, metric in zip(drifts, factors, metrics, strict=True):
+        delta = (factor.scaling * factor.B @ factor.A).double()
+        expected = reference.quadratic_form(delta, *dense_metric(metric)) / metric.weight_norm.double() ** 2
+        assert drift.item() == pytest.approx(expected.item(), rel=1e-5)
+
+
+@pytest.mark.parametrize("with_output", [False, True])
+@pytest.mark.parametrize("energy", [0.3, 0.7, 0.95, 1.0])
+def test_alignment_energy_equals_brute_force_projection(with_output, energy):
+    A, B, metric = case(with_output)
+    delta = 0.7 * B @ A
+    kept = reference.projected(delta, metric.input, metric.output, energy)
+    expected = reference.quadratic_form(kept, *dense_metric(metric))
+    value = alignment_energy(A, B, 0.7, metric, energy)
+    assert value.item() == pytest.approx(expected.item(), rel=1e-9)
+    total = quadratic_form(A, B, 0.7, metric).item()
+    assert 0 <= value.item() <= total * (1 + 1e-12)
+    if energy == 1.0:
+        assert value.item() == pytest.approx(total, rel=1e-10)
+
+
+def test_alignment_energy_grows_with_the_share():
+    A, B, metric = case(True)
+    values = [alignment_energy(A, B, 1.0, metric, share).item() for share in (0.1, 0.4, 0.7, 1.0)]
+    assert values == sorted(values) and math.isfinite(values[0]) and values[0] < values[-1]
