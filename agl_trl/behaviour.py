@@ -6,9 +6,10 @@ from typing import Any
 
 import torch
 from datasets import Dataset
+from peft import PeftModel
 from torch import Tensor, nn
+from tqdm.auto import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
-from transformers.utils.logging import tqdm
 
 from .data import batches, tokenize_row
 
@@ -33,14 +34,9 @@ def prompt_text(prompt: Messages) -> str:
     return prompt if isinstance(prompt, str) else prompt[-1]["content"]
 
 
-def answer_text(answer: Messages) -> str:
-    """Text of an answer: of a conversation its messages joined."""
-    return answer if isinstance(answer, str) else "\n".join(message["content"] for message in answer)
-
-
 @torch.no_grad()
 def generate_answers(
-    model: PreTrainedModel,
+    model: PreTrainedModel | PeftModel,
     tokenizer: PreTrainedTokenizerBase,
     prompts: list[Messages],
     *,
@@ -53,7 +49,7 @@ def generate_answers(
     Greedy answers of a model, in the order of the prompts.
 
     Args:
-        model (`PreTrainedModel`):
+        model (`PreTrainedModel` or `PeftModel`):
             Model, with or without an adapter; left as it was.
         tokenizer (`PreTrainedTokenizerBase`):
             Tokenizer with a chat template.
@@ -97,7 +93,7 @@ def _prompt_ids(tokenizer: PreTrainedTokenizerBase, prompt: Messages) -> list[in
 
 @torch.no_grad()
 def answer_nll(
-    model: PreTrainedModel,
+    model: PreTrainedModel | PeftModel,
     tokenizer: PreTrainedTokenizerBase,
     dataset: Dataset | list[dict[str, Any]],
     *,
@@ -108,7 +104,7 @@ def answer_nll(
     Mean negative log-likelihood per token of the reference answer of every row, in nats, of shape `(rows,)`.
 
     Args:
-        model (`PreTrainedModel`):
+        model (`PreTrainedModel` or `PeftModel`):
             Model, with or without an adapter; left as it was.
         tokenizer (`PreTrainedTokenizerBase`):
             Its tokenizer.
@@ -132,7 +128,10 @@ def answer_nll(
 
 
 def answered_by(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, rows: list[dict[str, Any]], progress: bool = True
+    model: PreTrainedModel | PeftModel,
+    tokenizer: PreTrainedTokenizerBase,
+    rows: list[dict[str, Any]],
+    progress: bool = True,
 ) -> list[dict[str, Any]]:
     """Prompt-only rows as prompt-completion rows, with the greedy answers of the model as it is now."""
     prompts = [row["prompt"] for row in rows]

@@ -3,10 +3,11 @@
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
+from pathlib import Path
 from typing import Any
 
 import torch
-from datasets import Dataset, IterableDataset
+from datasets import Dataset, IterableDataset, load_dataset
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 from trl import extract_prompt, is_conversational
@@ -34,6 +35,36 @@ class AlignmentRow:
 
     input_ids: list[int]
     answer_start: int
+
+
+def load_rows(name: str, split: str = "train") -> Dataset:
+    """
+    Rows of a local `.jsonl`, `.json`, `.csv` or `.parquet` file, of a dataset on the Hub, or `"miniworld"`: the alignment
+    rows of the embedded world.
+
+    Raises:
+        `ValueError`: If the file can't be read, or holds nothing.
+    """
+    if name == "miniworld":
+        from .miniworld import alignment_dataset
+
+        return alignment_dataset()
+    path = Path(name)
+    readers = {
+        ".jsonl": Dataset.from_json,
+        ".json": Dataset.from_json,
+        ".csv": Dataset.from_csv,
+        ".parquet": Dataset.from_parquet,
+    }
+    try:
+        if path.suffix in readers:
+            if not path.is_file():
+                raise FileNotFoundError("there is no such file")
+            return readers[path.suffix](name)
+        return load_dataset(name, split=split)
+    except Exception as error:  # datasets raises a different class for every format and every way to fail
+        reason = str(error.__cause__ or error).splitlines()[0].rstrip(".")
+        raise ValueError(f"Can't read rows from '{name}': {reason}.") from error
 
 
 def select_rows(

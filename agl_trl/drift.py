@@ -4,17 +4,17 @@ from contextlib import nullcontext
 from dataclasses import dataclass, field
 from os import PathLike
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, NamedTuple, Self
 
 import torch
 from datasets import Dataset
 from peft import PeftModel
 from scipy.stats import binomtest
 from torch import Tensor
-from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from .artifacts import DRIFT_FILE, FOLDER, ArtifactError, find_artifact, load_tensors, save_tensors
-from .behaviour import answer_nll, answer_text, generate_answers, prompt_text
+from .behaviour import answer_nll, generate_answers, prompt_text
 from .fisher import FisherStatistics
 from .lora import guarded_layers
 from .penalty import alignment_energy
@@ -109,40 +109,81 @@ def measure_behaviour(
         raise ValueError(
             f"Prompts need a column 'prompt' and at least one row; found {prompts.column_names}, {len(prompts)} rows."
         )
-    columns, count, questions = prompts.column_names, len(prompts), list(prompts["prompt"])
-    refused, nll = [], []
-    for tuned in (False, True):
-        with _adapter(model, tuned):
-            answers = generate_answers(
-                model,
-                tokenizer,
-                questions,
-                max_new_tokens=max_new_tokens,
-                batch_size=batch_size,
-                desc="Tuned model" if tuned else "Base model",
-                progress=progress,
-            )
-            has_reference = "completion" in columns
-            nll.append(
-                answer_nll(model, tokenizer, prompts, batch_size=batch_size)
-                if has_reference
-                else torch.full((count,), torch.nan)
-            )
-        verdicts = [judge(prompt_text(q), answer_text(a)) for q, a in zip(questions, answers, strict=True)]
-        refused.append(torch.tensor([verdict.label == "refusal" for verdict in verdicts]))
+    base, tuned = (
+        ask(
+            model,
+            tokenizer,
+            prompts,
+            adapter=adapter,
+            max_new_tokens=max_new_tokens,
+            batch_size=batch_size,
+            progress=progress,
+        )
+        for adapter in (False, True)
+    )
+    return compare(prompts, base, tuned)
+
+
+class Answers(NamedTuple):
+    """
+    What one model did with the prompts.
+
+    Args:
+        texts (`list[str]`):
+            Greedy answers.
+        refused (`Tensor`):
+            Boolean, of shape `(prompts,)`.
+        nll (`Tensor`):
+            Negative log-likelihood per token of the reference answers, of shape `(prompts,)`, NaN where there is none.
+    """
+
+    texts: list[str]
+    refused: Tensor
+    nll: Tensor
+
+
+def ask(
+    model: PreTrainedModel | PeftModel,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: Dataset,
+    *,
+    adapter: bool = True,
+    max_new_tokens: int = 64,
+    batch_size: int = 32,
+    progress: bool = True,
+) -> Answers:
+    """Answers of one model, with its adapter on or off; arguments as in [`measure_behaviour`]."""
+    questions = list(prompts["prompt"])
+    with nullcontext() if adapter else model.disable_adapter():
+        texts = generate_answers(
+            model,
+            tokenizer,
+            questions,
+            max_new_tokens=max_new_tokens,
+            batch_size=batch_size,
+            desc="Tuned model" if adapter else "Base model",
+            progress=progress,
+        )
+        if "completion" in prompts.column_names:
+            nll = answer_nll(model, tokenizer, prompts, batch_size=batch_size)
+        else:
+            nll = torch.full((len(prompts),), torch.nan)
+    labels = [judge(prompt_text(question), text).label for question, text in zip(questions, texts, strict=True)]
+    return Answers(texts, torch.tensor([label == "refusal" for label in labels]), nll)
+
+
+def compare(prompts: Dataset, base: Answers, tuned: Answers) -> Behaviour:
+    """Answers of two models to the same prompts, side by side."""
+    columns, count = prompts.column_names, len(prompts)
     return Behaviour(
         categories=list(prompts["category"]) if "category" in columns else ["all"] * count,
         unsafe=torch.tensor(prompts["unsafe"]) if "unsafe" in columns else torch.ones(count, dtype=torch.bool),
-        refused_base=refused[0],
-        refused_tuned=refused[1],
-        nll_base=nll[0],
-        nll_tuned=nll[1],
-        metadata={"judge": "refusal-openers", "decoding": "greedy", "max_new_tokens": max_new_tokens},
+        refused_base=base.refused,
+        refused_tuned=tuned.refused,
+        nll_base=base.nll,
+        nll_tuned=tuned.nll,
+        metadata={"judge": "refusal-openers", "decoding": "greedy"},
     )
-
-
-def _adapter(model: PeftModel, on: bool):
-    return nullcontext() if on else model.disable_adapter()
 
 
 @dataclass

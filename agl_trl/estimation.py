@@ -12,8 +12,8 @@ from accelerate.utils import reduce
 from datasets import Dataset, IterableDataset
 from peft import PeftModel
 from torch import Tensor, nn
+from tqdm.auto import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
-from transformers.utils.logging import tqdm
 
 from .behaviour import answered_by, evaluating
 from .data import AlignmentBatch, AlignmentRow, batches, is_prompt_only, select_rows, tokenize_row

@@ -1,0 +1,6 @@
+"""`python -m agl_trl` is `agl-trl`."""
+
+from .cli import main
+
+
+main()

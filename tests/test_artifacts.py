@@ -1,0 +1,137 @@
+"""Files are whole or refused with a reason, and the same bytes for the same content."""
+
+import random
+import subprocess
+import sys
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from agl_trl import DriftReport, FisherStatistics, estimate_fisher
+from agl_trl.artifacts import ArtifactError, load_tensors, save_tensors
+
+from .models import tiny_model
+
+
+@pytest.fixture(scope="module")
+def statistics(tokenizer, alignment_rows) -> FisherStatistics:
+    return estimate_fisher(tiny_model(), alignment_rows, tokenizer, damping=0.5, progress=False)
+
+
+def test_statistics_survive_the_round_trip_bit_for_bit(statistics, tmp_path):
+    path = statistics.save_pretrained(tmp_path)
+    assert path == tmp_path / "agl" / "fisher.safetensors"
+    for location in (tmp_path, path, path.parent):
+        loaded = FisherStatistics.from_pretrained(location)
+        assert loaded.metadata == statistics.metadata and loaded.input_of == statistics.input_of
+        for name in statistics.input_of:
+            one, two = statistics.metric(name), loaded.metric(name)
+            assert all(
+                torch.equal(a, b) for a, b in zip([*one.input, *one.output], [*two.input, *two.output], strict=True)
+            )
+            assert torch.equal(one.weight_norm, two.weight_norm)
+    again = loaded.save_pretrained(tmp_path / "again")
+    assert again.read_bytes() == path.read_bytes()
+
+
+def test_estimating_twice_gives_the_same_bytes(statistics, tokenizer, alignment_rows, tmp_path):
+    twin = estimate_fisher(tiny_model(), alignment_rows, tokenizer, damping=0.5, progress=False)
+    assert twin.save_pretrained(tmp_path / "a").read_bytes() == statistics.save_pretrained(tmp_path / "b").read_bytes()
+
+
+def test_layout_of_the_file(statistics, tmp_path):
+    tensors, metadata = load_tensors(statistics.save_pretrained(tmp_path))
+    shared = "inputs.model.layers.0.self_attn.q_proj"
+    assert (
+        tensors[f"{shared}.eigenvectors"].shape == (32, 32)
+        and tensors[f"{shared}.eigenvectors"].dtype == torch.bfloat16
+    )
+    assert tensors[f"{shared}.eigenvalues"].shape == (32,) and tensors[f"{shared}.remainder"].shape == ()
+    assert "inputs.model.layers.0.self_attn.k_proj.eigenvectors" not in tensors
+    assert tensors["outputs.model.layers.0.self_attn.k_proj.eigenvectors"].shape == (16, 16)
+    assert (
+        tensors["weight_norm.model.layers.1.mlp.down_proj"].shape == ()
+        and tensors["num_tokens"] == statistics.num_tokens
+    )
+    assert metadata["schema_version"] == 1 and metadata["kind"] == "fisher" and metadata["damping"] == 0.5
+    assert metadata["base_model"]["config"]["hidden_size"] == 32 and metadata["base_model"]["name"] is None
+
+
+def test_unreadable_files_are_refused_with_a_sentence(statistics, tmp_path):
+    with pytest.raises(ArtifactError, match="Found no 'agl/fisher.safetensors' in"):
+        FisherStatistics.from_pretrained(tmp_path)
+    foreign = tmp_path / "foreign.safetensors"
+    save_file({"a": torch.zeros(1)}, foreign)
+    with pytest.raises(ArtifactError, match="was not written by agl_trl"):
+        FisherStatistics.from_pretrained(foreign)
+    newer = tmp_path / "newer.safetensors"
+    save_file({"a": torch.zeros(1)}, newer, metadata={"agl": '{"schema_version": 99, "kind": "fisher"}'})
+    with pytest.raises(ArtifactError, match="schema version 99"):
+        FisherStatistics.from_pretrained(newer)
+    with pytest.raises(ArtifactError, match="holds no drift report"):
+        DriftReport.from_pretrained(statistics.save_pretrained(tmp_path))
+    (tmp_path / "pickle.safetensors").write_bytes(b"\x80\x04cposix\nsystem\n")
+    with pytest.raises(ArtifactError, match="not a readable safetensors file"):
+        FisherStatistics.from_pretrained(tmp_path / "pickle.safetensors")
+
+
+def test_corrupted_bytes_never_crash(statistics, tmp_path):
+    """Truncated and flipped files: refused, or (a flip inside tensor data) loaded whole and finite."""
+    good = statistics.save_pretrained(tmp_path).read_bytes()
+    header = int.from_bytes(good[:8], "little") + 8
+    draw = random.Random(0)
+    path = tmp_path / "bad.safetensors"
+    for _ in range(30):
+        path.write_bytes(good[: draw.randrange(len(good))])
+        with pytest.raises(ArtifactError):
+            FisherStatistics.from_pretrained(path)
+    refused = 0
+    for _ in range(60):
+        bad = bytearray(good)
+        bad[draw.randrange(header)] ^= 1 << draw.randrange(8)
+        path.write_bytes(bytes(bad))
+        try:
+            FisherStatistics.from_pretrained(path)
+        except ArtifactError:
+            refused += 1
+    assert refused > 30
+
+
+def test_missing_tensors_and_wrong_shapes_are_named(statistics, tmp_path):
+    tensors, metadata = load_tensors(statistics.save_pretrained(tmp_path))
+    key = "inputs.model.layers.0.self_attn.q_proj.eigenvalues"
+    for change, message in (
+        ({key: tensors[key][:-1]}, "have shapes"),
+        ({key: tensors[key] * torch.nan}, "not finite"),
+        ({key: None}, "incomplete or malformed"),
+    ):
+        changed = {name: tensor for name, tensor in (tensors | change).items() if tensor is not None}
+        save_tensors(tmp_path / "bad.safetensors", changed, metadata)
+        with pytest.raises(ArtifactError, match=message):
+            FisherStatistics.from_pretrained(tmp_path / "bad.safetensors")
+
+
+FULL_DISK = """
+import resource, sys
+from agl_trl import FisherStatistics
+statistics = FisherStatistics.from_pretrained(sys.argv[1])
+statistics.metadata["seed"] = 1
+resource.setrlimit(resource.RLIMIT_FSIZE, (4096, 4096))
+try:
+    statistics.save_pretrained(sys.argv[1])
+except OSError as error:
+    print(error)
+"""
+
+
+def test_failed_write_leaves_the_previous_file_and_nothing_else(statistics, tmp_path):
+    """A disk that takes no more than 4 kB: one sentence, the old file whole, no temporary file."""
+    path = statistics.save_pretrained(tmp_path)
+    good = path.read_bytes()
+    run = subprocess.run([sys.executable, "-c", FULL_DISK, tmp_path], capture_output=True, text=True, check=True)
+    assert f"Cannot write '{path}'" in run.stdout and run.stdout.count("\n") == 1
+    assert path.read_bytes() == good and [p.name for p in path.parent.iterdir()] == ["fisher.safetensors"]
+    (tmp_path / "file").write_text("")
+    with pytest.raises(OSError, match="Cannot write"):
+        statistics.save_pretrained(tmp_path / "file")
