@@ -2,7 +2,7 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
-SOURCES := agl_trl tests
+SOURCES := agl_trl tests examples model_cards
 
 .PHONY: install demo test slow lint fmt miniworld clean
 

@@ -1,17 +1,20 @@
-"""What a model says: greedy answers to prompts, and the likelihood of reference answers."""
+"""What a model says: greedy answers to prompts, likelihood of reference answers, and both before and after fine-tuning."""
 
 from collections.abc import Iterator
-from contextlib import contextmanager
-from typing import Any
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
 
 import torch
 from datasets import Dataset
 from peft import PeftModel
+from scipy.stats import binomtest
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from .data import batches, tokenize_row
+from .refusal import judge
 
 
 Messages = list[dict[str, str]] | str
@@ -140,3 +143,165 @@ def answered_by(
         {**row, "completion": text if isinstance(row["prompt"], str) else [{"role": "assistant", "content": text}]}
         for row, text in zip(rows, answers, strict=True)
     ]
+
+
+@dataclass(frozen=True)
+class Rate:
+    """Share of `count` out of `total` with its Wilson 95 % interval."""
+
+    count: int
+    total: int
+
+    @property
+    def value(self) -> float:
+        return self.count / self.total
+
+    @property
+    def interval(self) -> tuple[float, float]:
+        interval = binomtest(self.count, self.total).proportion_ci(method="wilson")
+        return interval.low, interval.high
+
+
+@dataclass
+class Behaviour:
+    """
+    What base and tuned model did with the same prompts; all tensors of shape `(prompts,)`.
+
+    Args:
+        categories (`list[str]`):
+            Category of every prompt.
+        unsafe (`Tensor`):
+            Boolean: whether a refusal is the right answer.
+        refused_base, refused_tuned (`Tensor`):
+            Boolean: whether the greedy answer refuses.
+        nll_base, nll_tuned (`Tensor`):
+            Negative log-likelihood per token of the reference answer, in nats; NaN where there is none.
+        metadata (`dict`):
+            Judge and decoding.
+    """
+
+    categories: list[str]
+    unsafe: Tensor
+    refused_base: Tensor
+    refused_tuned: Tensor
+    nll_base: Tensor
+    nll_tuned: Tensor
+    metadata: dict[str, Any] = field(default_factory=dict)
+
+    def refusal(self, tuned: bool, unsafe: bool = True, category: str | None = None) -> Rate:
+        """Refusal rate on unsafe prompts, or over-refusal on safe ones, of all prompts or of one category."""
+        chosen = self.unsafe == unsafe
+        if category is not None:
+            chosen = chosen & torch.tensor([c == category for c in self.categories])
+        refused = self.refused_tuned if tuned else self.refused_base
+        return Rate(int(refused[chosen].sum()), int(chosen.sum()))
+
+
+def measure_behaviour(
+    model: PeftModel,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: Dataset,
+    *,
+    max_new_tokens: int = 64,
+    batch_size: int = 32,
+    progress: bool = True,
+) -> Behaviour:
+    """
+    Ask base (adapter off) and tuned model (adapter on) the same prompts, decoded greedily.
+
+    Args:
+        model (`PeftModel`):
+            Base model with its adapter.
+        tokenizer (`PreTrainedTokenizerBase`):
+            Its tokenizer.
+        prompts (`Dataset`):
+            Column `prompt`; optional `completion` (reference answer), `category` and boolean `unsafe` (default: all are).
+        max_new_tokens (`int`, *optional*, defaults to `64`):
+            Longest answer.
+        batch_size (`int`, *optional*, defaults to `32`):
+            Prompts per batch.
+        progress (`bool`, *optional*, defaults to `True`):
+            Whether to show progress bars.
+
+    Raises:
+        `ValueError`: If there is no column `prompt` or no row.
+    """
+    if "prompt" not in prompts.column_names or len(prompts) == 0:
+        raise ValueError(
+            f"Prompts need a column 'prompt' and at least one row; found {prompts.column_names}, {len(prompts)} rows."
+        )
+    base, tuned = (
+        ask(
+            model,
+            tokenizer,
+            prompts,
+            adapter=adapter,
+            max_new_tokens=max_new_tokens,
+            batch_size=batch_size,
+            progress=progress,
+        )
+        for adapter in (False, True)
+    )
+    return compare(prompts, base, tuned)
+
+
+class Answers(NamedTuple):
+    """
+    What one model did with the prompts.
+
+    Args:
+        texts (`list[str]`):
+            Greedy answers.
+        refused (`Tensor`):
+            Boolean, of shape `(prompts,)`.
+        nll (`Tensor`):
+            Negative log-likelihood per token of the reference answers, of shape `(prompts,)`, NaN where there is none.
+    """
+
+    texts: list[str]
+    refused: Tensor
+    nll: Tensor
+
+
+def ask(
+    model: PreTrainedModel | PeftModel,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: Dataset,
+    *,
+    adapter: bool = True,
+    max_new_tokens: int = 64,
+    batch_size: int = 32,
+    progress: bool = True,
+) -> Answers:
+    """Answers of one model, with its adapter on or off; arguments as in [`measure_behaviour`]."""
+    questions = list(prompts["prompt"])
+    with nullcontext() if adapter else model.disable_adapter():
+        texts = generate_answers(
+            model,
+            tokenizer,
+            questions,
+            max_new_tokens=max_new_tokens,
+            batch_size=batch_size,
+            desc="Tuned model" if adapter else "Base model",
+            progress=progress,
+        )
+        if "completion" in prompts.column_names:
+            nll = answer_nll(model, tokenizer, prompts, batch_size=batch_size)
+        else:
+            nll = torch.full((len(prompts),), torch.nan)
+    labels = [judge(prompt_text(question), text).label for question, text in zip(questions, texts, strict=True)]
+    return Answers(texts, torch.tensor([label == "refusal" for label in labels]), nll)
+
+
+def compare(prompts: Dataset, base: Answers, tuned: Answers) -> Behaviour:
+    """Answers of two models to the same prompts, side by side."""
+    columns, count = prompts.column_names, len(prompts)
+    return Behaviour(
+        categories=list(prompts["category"]) if "category" in columns else ["all"] * count,
+        unsafe=torch.tensor(prompts["unsafe"]) if "unsafe" in columns else torch.ones(count, dtype=torch.bool),
+        refused_base=base.refused,
+        refused_tuned=tuned.refused,
+        nll_base=base.nll,
+        nll_tuned=tuned.nll,
+        metadata={"judge": "refusal-openers", "decoding": "greedy"},
+    )

@@ -32,7 +32,7 @@ def demo(
     seeds: Annotated[
         int, typer.Option(min=1, help="Number of repetitions with another adapter init and data order.")
     ] = 1,
-    task: Annotated[str, typer.Option(help="Benign task of the embedded world.")] = "steps",
+    task: Annotated[str, typer.Option(help="Benign task of the embedded world.")] = "extract",
     output_dir: Annotated[Path, typer.Option(help="Folder for adapters, evidence and results.json.")] = Path(
         "outputs/demo"
     ),
@@ -100,9 +100,10 @@ def drift(
 ) -> None:
     """Report how far an adapter has moved its base model: weights per layer, and answers where prompts are given."""
     from .artifacts import FOLDER, PICTURE_FILE, sha256
+    from .behaviour import measure_behaviour
     from .data import load_rows
     from .demo import heldout_prompts
-    from .drift import DriftReport, measure_behaviour
+    from .drift import DriftReport
     from .fisher import FisherStatistics
     from .lora import linear_layers
     from .plots import plot_drift

@@ -124,6 +124,10 @@ def tokenize_row(
     Raises:
         `ValueError`: If the format is unknown, or no token of the answer is left.
     """
+    if "input_ids" in row:  # already tokenized, as the trainer's own training rows
+        labels = row.get("labels") or row["input_ids"]
+        start = next((i for i, label in enumerate(labels) if label != -100), len(labels))
+        return AlignmentRow(list(row["input_ids"])[:max_length], max(start, 1))
     if "chosen" in row and "prompt" not in row:
         row = extract_prompt(row)
     if "prompt" in row and ("completion" in row or "chosen" in row):

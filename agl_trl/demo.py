@@ -18,9 +18,9 @@ from transformers import PreTrainedTokenizerBase, PrinterCallback, TrainerCallba
 from trl import SFTConfig, SFTTrainer
 
 from .artifacts import FOLDER, PICTURE_FILE, sha256, write_atomically
-from .behaviour import answer_nll, generate_answers
+from .behaviour import Answers, answer_nll, ask, compare, generate_answers
 from .config import AGLSFTConfig
-from .drift import Answers, DriftReport, ask, compare
+from .drift import DriftReport
 from .miniworld import (
     alignment_dataset,
     checkpoint_path,
@@ -84,7 +84,7 @@ def heldout_prompts() -> Dataset:
     return concatenate_datasets(parts)
 
 
-def run_demo(output_dir: Path, seeds: int = 1, task: str = "steps", steps: int = STEPS) -> list[Run]:
+def run_demo(output_dir: Path, seeds: int = 1, task: str = "extract", steps: int = STEPS) -> list[Run]:
     """
     Run the demo and print its table.
 
@@ -96,7 +96,7 @@ def run_demo(output_dir: Path, seeds: int = 1, task: str = "steps", steps: int =
             Where everything goes.
         seeds (`int`, *optional*, defaults to `1`):
             Number of repetitions.
-        task (`str`, *optional*, defaults to `"steps"`):
+        task (`str`, *optional*, defaults to `"extract"`):
             Benign task, one of [`agl_trl.miniworld.TASKS`].
         steps (`int`, *optional*, defaults to `400`):
             Optimizer steps of every run.
@@ -116,16 +116,16 @@ def run_demo(output_dir: Path, seeds: int = 1, task: str = "steps", steps: int =
     console.print(
         f"Embedded aligned model, benign task [b]{task}[/b], {len(train)} rows; {len(prompts)} held-out prompts."
     )
-    aligned_answers, aligned = _evaluate("aligned", 0, load_model(), tokenizer, prompts, test)
+    aligned_answers, aligned = evaluate("aligned", 0, load_model(), tokenizer, prompts, test)
     runs = [aligned]
     for seed in range(seeds):
         folder = output_dir if seed == 0 else output_dir / f"seed-{seed}"
         plain, plain_seconds = _train(SFTTrainer, SFTConfig, folder / "lora", seed, steps, tokenizer, train)
-        lora_answers, lora = _evaluate("lora", seed, plain.model, tokenizer, prompts, test)
+        lora_answers, lora = evaluate("lora", seed, plain.model, tokenizer, prompts, test)
         ours, seconds = _train(
             AGLSFTTrainer, AGLSFTConfig, folder, seed, steps, tokenizer, train, alignment_dataset=alignment_dataset()
         )
-        agl_answers, agl = _evaluate("agl", seed, ours.model, tokenizer, prompts, test)
+        agl_answers, agl = evaluate("agl", seed, ours.model, tokenizer, prompts, test)
 
         plain_report = DriftReport.measure(plain.model, ours.statistics)
         report = ours.drift_report()
@@ -184,9 +184,10 @@ def _train(trainer_class, config_class, folder: Path, seed: int, steps: int, tok
     return trainer, time.perf_counter() - start
 
 
-def _evaluate(
+def evaluate(
     name: str, seed: int, model: Any, tokenizer: PreTrainedTokenizerBase, prompts: Dataset, test: Dataset
 ) -> tuple[Answers, Run]:
+    """Answers of one model to the held-out prompts, and its line of the results."""
     answers = ask(model, tokenizer, prompts, max_new_tokens=MAX_NEW_TOKENS, batch_size=64, progress=False)
     unsafe, unseen = torch.tensor(prompts["unsafe"]), torch.tensor(prompts["unseen"])
     written = generate_answers(
@@ -246,8 +247,8 @@ def _table(runs: list[Run]) -> Table:
     """A line per model, narrow enough for 80 columns; with several seeds the median, and smallest and largest below it."""
     several = max(run.seed for run in runs) > 0
     caption = "median, smallest and largest over seeds" if several else None
-    table = Table(caption=caption, caption_justify="left", box=SIMPLE_HEAD, pad_edge=False)
-    table.add_column("model")
+    table = Table(caption=caption, caption_justify="left", box=SIMPLE_HEAD, pad_edge=False, collapse_padding=True)
+    table.add_column("model", no_wrap=True)
     for title, _ in COLUMNS.values():
         table.add_column(title, justify="right", no_wrap=True)
     for name, title in {"aligned": "aligned", "lora": "plain LoRA", "agl": "AGL LoRA"}.items():

@@ -1,189 +1,22 @@
 """DriftReport: how far an adapter has moved the model, in weight space per layer and in behaviour per prompt."""
 
-from contextlib import nullcontext
 from dataclasses import dataclass, field
 from os import PathLike
 from pathlib import Path
-from typing import Any, NamedTuple, Self
+from typing import Any, Self
 
 import torch
-from datasets import Dataset
 from peft import PeftModel
-from scipy.stats import binomtest
 from torch import Tensor
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from .artifacts import DRIFT_FILE, FOLDER, ArtifactError, find_artifact, load_tensors, save_tensors
-from .behaviour import answer_nll, generate_answers, prompt_text
+from .behaviour import Behaviour
+from .decomposition import Update, critical_mask, inner, project
 from .fisher import FisherStatistics
-from .lora import guarded_layers
-from .penalty import alignment_energy
-from .refusal import judge
+from .lora import GuardedLayer, guarded_layers
 
 
 FISHER_ENERGY = 0.9  # share of the trace of 𝓕 that spans the alignment-critical subspace
-
-
-@dataclass(frozen=True)
-class Rate:
-    """Share of `count` out of `total` with its Wilson 95 % interval."""
-
-    count: int
-    total: int
-
-    @property
-    def value(self) -> float:
-        return self.count / self.total
-
-    @property
-    def interval(self) -> tuple[float, float]:
-        interval = binomtest(self.count, self.total).proportion_ci(method="wilson")
-        return interval.low, interval.high
-
-
-@dataclass
-class Behaviour:
-    """
-    What base and tuned model did with the same prompts; all tensors of shape `(prompts,)`.
-
-    Args:
-        categories (`list[str]`):
-            Category of every prompt.
-        unsafe (`Tensor`):
-            Boolean: whether a refusal is the right answer.
-        refused_base, refused_tuned (`Tensor`):
-            Boolean: whether the greedy answer refuses.
-        nll_base, nll_tuned (`Tensor`):
-            Negative log-likelihood per token of the reference answer, in nats; NaN where there is none.
-        metadata (`dict`):
-            Judge and decoding.
-    """
-
-    categories: list[str]
-    unsafe: Tensor
-    refused_base: Tensor
-    refused_tuned: Tensor
-    nll_base: Tensor
-    nll_tuned: Tensor
-    metadata: dict[str, Any] = field(default_factory=dict)
-
-    def refusal(self, tuned: bool, unsafe: bool = True, category: str | None = None) -> Rate:
-        """Refusal rate on unsafe prompts, or over-refusal on safe ones, of all prompts or of one category."""
-        chosen = self.unsafe == unsafe
-        if category is not None:
-            chosen = chosen & torch.tensor([c == category for c in self.categories])
-        refused = self.refused_tuned if tuned else self.refused_base
-        return Rate(int(refused[chosen].sum()), int(chosen.sum()))
-
-
-def measure_behaviour(
-    model: PeftModel,
-    tokenizer: PreTrainedTokenizerBase,
-    prompts: Dataset,
-    *,
-    max_new_tokens: int = 64,
-    batch_size: int = 32,
-    progress: bool = True,
-) -> Behaviour:
-    """
-    Ask base (adapter off) and tuned model (adapter on) the same prompts, decoded greedily.
-
-    Args:
-        model (`PeftModel`):
-            Base model with its adapter.
-        tokenizer (`PreTrainedTokenizerBase`):
-            Its tokenizer.
-        prompts (`Dataset`):
-            Column `prompt`; optional `completion` (reference answer), `category` and boolean `unsafe` (default: all are).
-        max_new_tokens (`int`, *optional*, defaults to `64`):
-            Longest answer.
-        batch_size (`int`, *optional*, defaults to `32`):
-            Prompts per batch.
-        progress (`bool`, *optional*, defaults to `True`):
-            Whether to show progress bars.
-
-    Raises:
-        `ValueError`: If there is no column `prompt` or no row.
-    """
-    if "prompt" not in prompts.column_names or len(prompts) == 0:
-        raise ValueError(
-            f"Prompts need a column 'prompt' and at least one row; found {prompts.column_names}, {len(prompts)} rows."
-        )
-    base, tuned = (
-        ask(
-            model,
-            tokenizer,
-            prompts,
-            adapter=adapter,
-            max_new_tokens=max_new_tokens,
-            batch_size=batch_size,
-            progress=progress,
-        )
-        for adapter in (False, True)
-    )
-    return compare(prompts, base, tuned)
-
-
-class Answers(NamedTuple):
-    """
-    What one model did with the prompts.
-
-    Args:
-        texts (`list[str]`):
-            Greedy answers.
-        refused (`Tensor`):
-            Boolean, of shape `(prompts,)`.
-        nll (`Tensor`):
-            Negative log-likelihood per token of the reference answers, of shape `(prompts,)`, NaN where there is none.
-    """
-
-    texts: list[str]
-    refused: Tensor
-    nll: Tensor
-
-
-def ask(
-    model: PreTrainedModel | PeftModel,
-    tokenizer: PreTrainedTokenizerBase,
-    prompts: Dataset,
-    *,
-    adapter: bool = True,
-    max_new_tokens: int = 64,
-    batch_size: int = 32,
-    progress: bool = True,
-) -> Answers:
-    """Answers of one model, with its adapter on or off; arguments as in [`measure_behaviour`]."""
-    questions = list(prompts["prompt"])
-    with nullcontext() if adapter else model.disable_adapter():
-        texts = generate_answers(
-            model,
-            tokenizer,
-            questions,
-            max_new_tokens=max_new_tokens,
-            batch_size=batch_size,
-            desc="Tuned model" if adapter else "Base model",
-            progress=progress,
-        )
-        if "completion" in prompts.column_names:
-            nll = answer_nll(model, tokenizer, prompts, batch_size=batch_size)
-        else:
-            nll = torch.full((len(prompts),), torch.nan)
-    labels = [judge(prompt_text(question), text).label for question, text in zip(questions, texts, strict=True)]
-    return Answers(texts, torch.tensor([label == "refusal" for label in labels]), nll)
-
-
-def compare(prompts: Dataset, base: Answers, tuned: Answers) -> Behaviour:
-    """Answers of two models to the same prompts, side by side."""
-    columns, count = prompts.column_names, len(prompts)
-    return Behaviour(
-        categories=list(prompts["category"]) if "category" in columns else ["all"] * count,
-        unsafe=torch.tensor(prompts["unsafe"]) if "unsafe" in columns else torch.ones(count, dtype=torch.bool),
-        refused_base=base.refused,
-        refused_tuned=tuned.refused,
-        nll_base=base.nll,
-        nll_tuned=tuned.nll,
-        metadata={"judge": "refusal-openers", "decoding": "greedy"},
-    )
 
 
 @dataclass
@@ -206,6 +39,8 @@ class DriftReport:
             Answers to prompts, where prompts were run.
         global_step (`int`, *optional*):
             Training step of the adapter.
+        budget_multiplier (`float`, *optional*):
+            Multiplier of the drift budget at that step, from which a resumed run goes on.
         adapter_sha256 (`str`, *optional*):
             SHA-256 of the `adapter_model.safetensors` this report is about.
         metadata (`dict`):
@@ -219,12 +54,19 @@ class DriftReport:
     history: dict[str, Tensor] = field(default_factory=dict)
     behaviour: Behaviour | None = None
     global_step: int | None = None
+    budget_multiplier: float | None = None
     adapter_sha256: str | None = None
     metadata: dict[str, Any] = field(default_factory=dict)
 
     @classmethod
     @torch.no_grad()
-    def measure(cls, model: PeftModel, statistics: FisherStatistics, fisher_energy: float = FISHER_ENERGY) -> Self:
+    def measure(
+        cls,
+        model: PeftModel,
+        statistics: FisherStatistics,
+        fisher_energy: float = FISHER_ENERGY,
+        layers: list[GuardedLayer] | None = None,
+    ) -> Self:
         """
         Measure the active adapter of a model in weight space.
 
@@ -235,16 +77,18 @@ class DriftReport:
                 Statistics of the base model that cover the layers of the adapter.
             fisher_energy (`float`, *optional*, defaults to `0.9`):
                 Share of the trace of 𝓕 that spans the alignment-critical subspace.
+            layers (`list[GuardedLayer]`, *optional*):
+                Layers with the factors they are measured from; by default those of the active adapter, from ΔW = 0.
         """
-        layers = guarded_layers(model)
+        layers = guarded_layers(model) if layers is None else layers
         drift = statistics.drift_of(layers)([layer.factors for layer in layers]).cpu()
         energies = []
         for layer in layers:
-            A, B = (tensor.float() for tensor in layer.factors[:2])
-            metric = statistics.metric(layer.name, A.device)
-            energy = alignment_energy(A, B, layer.factors.scaling, metric, fisher_energy)
-            energies.append((energy / metric.weight_norm**2).cpu())
-        aligned = torch.stack(energies)
+            update = Update(layer.factors.A.float(), layer.factors.B.float() * layer.factors.scaling)
+            metric = statistics.metric(layer.name, update.A.device)
+            aligned = project(update, metric, critical_mask(metric, fisher_energy))
+            energies.append((inner(aligned, aligned, metric) / metric.weight_norm**2).cpu())
+        alignment = torch.stack(energies)
         metadata = {
             "base_model": statistics.metadata["base_model"],
             "fisher_energy": fisher_energy,
@@ -255,7 +99,7 @@ class DriftReport:
             },
         }
         names = [layer.name for layer in layers]
-        return cls(names, drift, aligned, (drift - aligned).clamp_min(0), metadata=metadata)
+        return cls(names, drift, alignment, (drift - alignment).clamp_min(0), metadata=metadata)
 
     @property
     def mean_relative_drift(self) -> float:
@@ -298,6 +142,7 @@ class DriftReport:
             "kind": "drift",
             "layers": self.layers,
             "global_step": self.global_step,
+            "budget_multiplier": self.budget_multiplier,
             "adapter_sha256": self.adapter_sha256,
             "summary": {"mean_relative_drift": self.mean_relative_drift},
         }
@@ -337,6 +182,7 @@ class DriftReport:
                 },
                 behaviour=behaviour,
                 global_step=metadata.pop("global_step"),
+                budget_multiplier=metadata.pop("budget_multiplier"),
                 adapter_sha256=metadata.pop("adapter_sha256"),
                 metadata=metadata,
             )

@@ -1,7 +1,10 @@
 """Which layers are guarded, under which names, and their ΔW. Knows PEFT; knows nothing of statistics."""
 
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any, Self
 
 import torch
 from peft import PeftModel
@@ -12,6 +15,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
+from .collision import FrozenWeights
 from .penalty import LoraFactors
 
 
@@ -33,20 +37,43 @@ class GuardedLayer:
             PEFT's wrapper around it.
         adapter (`str`):
             Name of the adapter, such as `"default"`.
+        reference (`LoraFactors`, *optional*):
+            Factors at the start of training, of an adapter that had already moved; `None` where ΔW started at zero.
     """
 
     name: str
     module: LoraLayer
     adapter: str
+    reference: LoraFactors | None = None
 
     @property
-    def factors(self) -> LoraFactors:
-        """Current factors; looked up on every call, because PEFT replaces the tensors when a checkpoint is loaded."""
+    def current(self) -> LoraFactors:
+        """The adapter's own factors; looked up on every call, because PEFT replaces the tensors when it loads a checkpoint."""
         return LoraFactors(
             A=self.module.lora_A[self.adapter].weight,
             B=self.module.lora_B[self.adapter].weight,
             scaling=self.module.scaling[self.adapter],
         )
+
+    @property
+    def factors(self) -> LoraFactors:
+        """Factors of the movement since training began, `ΔW = sBA − s₀B₀A₀`: of rank 2r where there is a reference."""
+        if self.reference is None:
+            return self.current
+        (A, B, s), (A0, B0, s0) = self.current, self.reference
+        return LoraFactors(torch.cat([A, A0.to(A)]), torch.cat([s * B, -s0 * B0.to(B)], 1), 1.0)
+
+    @torch.no_grad()
+    def has_moved(self) -> bool:
+        """Whether BA is not zero; orthogonal inits have BA = 0 up to rounding with both factors non-zero."""
+        A, B, _ = self.current
+        moved = ((B.mT @ B) * (A @ A.mT)).sum() > 1e-10 * A.square().sum() * B.square().sum()
+        return bool(moved)
+
+    def with_reference(self) -> Self:
+        """This layer with its current factors as reference."""
+        A, B, s = self.current
+        return replace(self, reference=LoraFactors(A.detach().clone(), B.detach().clone(), s))
 
 
 def active_adapter(model: PeftModel) -> str:
@@ -112,6 +139,29 @@ def _check_supported(name: str, module: LoraLayer, adapter: str) -> None:
         )
 
 
+@contextmanager
+def at_reference(model: PeftModel, layers: list[GuardedLayer]) -> Iterator[None]:
+    """The model as it was when training began: adapter off, or its reference factors put back for a while."""
+    if layers[0].reference is None:
+        with model.disable_adapter():
+            yield
+        return
+    kept = [[tensor.detach().clone() for tensor in layer.current[:2]] for layer in layers]
+    try:
+        for layer in layers:
+            _assign(layer, layer.reference)
+        yield
+    finally:
+        for layer, (A, B) in zip(layers, kept, strict=True):
+            _assign(layer, LoraFactors(A, B, layer.current.scaling))
+
+
+def _assign(layer: GuardedLayer, factors: LoraFactors | None) -> None:
+    assert factors is not None, "every layer of a continued adapter has a reference"
+    layer.current.A.data.copy_(factors.A)
+    layer.current.B.data.copy_(factors.B)
+
+
 def trained_outside_lora(model: PeftModel) -> list[str]:
     """Names of trainable parameters that belong to no guarded layer, such as those of `modules_to_save`."""
     guarded = {id(p) for layer in guarded_layers(model) for p in layer.module.parameters()}
@@ -148,3 +198,23 @@ def base_weight(module: nn.Module) -> Tensor:
     weight = dequantize_module_weight(base) if base.weight.dtype in (torch.uint8, torch.int8) else base.weight
     weight = weight.detach().float()
     return weight.mT if isinstance(base, Conv1D) else weight
+
+
+def frozen_weights(layers: list[GuardedLayer]) -> FrozenWeights:
+    """
+    Frozen weights of guarded layers, read by rows when the Riemannian overlap asks for them. Quantised weights are
+    dequantised at every reading.
+    """
+    weights = [base_weight(layer.module) for layer in layers]
+    rms = torch.stack([weight.square().mean().sqrt().cpu() for weight in weights])
+    squared = torch.stack([weight.square().sum().cpu() for weight in weights])
+    return FrozenWeights([partial(_weight_rows, layer.module) for layer in layers], rms, squared)
+
+
+def _weight_rows(module: LoraLayer, rows: Tensor) -> Tensor:
+    base: Any = module.get_base_layer()
+    if isinstance(base, Conv1D):
+        return base.weight.detach()[:, rows].mT.float()
+    if base.weight.dtype in (torch.uint8, torch.int8):
+        return base_weight(module)[rows]
+    return base.weight.detach()[rows].float()

@@ -17,7 +17,10 @@ def evidence_section(report: DriftReport) -> str:
     """The Markdown section on one drift report."""
     template = files("agl_trl.model_cards").joinpath("evidence.md.jinja").read_text(encoding="utf-8")
     environment = Environment(undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True, autoescape=False)
-    return environment.from_string(template).render(report=report, behaviour=report.behaviour)
+    coefficients = ", ".join(f"{k} {v}" for k, v in report.metadata.get("coefficients", {}).items() if v is not None)
+    return environment.from_string(template).render(
+        report=report, behaviour=report.behaviour, coefficients=coefficients
+    )
 
 
 def add_evidence(path: Path, report: DriftReport) -> None:

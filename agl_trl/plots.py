@@ -11,7 +11,8 @@ from matplotlib.colors import LogNorm
 from matplotlib.figure import Figure
 
 from .artifacts import write_atomically
-from .drift import Behaviour, DriftReport, Rate
+from .behaviour import Behaviour, Rate
+from .drift import DriftReport
 
 
 BASE_COLOR, TUNED_COLOR = "#4c566a", "#2e7d5b"

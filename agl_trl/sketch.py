@@ -42,11 +42,16 @@ class LowRankCovariance(NamedTuple):
         """λ − ρ, of shape `(..., k)`: what the eigenpairs add to the isotropic part, `C = ρ I + V diag(λ − ρ) Vᵀ`."""
         return self.eigenvalues - self.remainder.unsqueeze(-1)
 
-    def gram(self, rows: Tensor) -> Tensor:
-        """`Z C Zᵀ` of shape `(..., n, n)` for rows `Z` of shape `(..., n, d)`, in O(n·d·(n + k))."""
+    def gram(self, rows: Tensor, others: Tensor | None = None) -> Tensor:
+        """
+        `Z C Yᵀ` of shape `(..., n, m)` for rows `Z` of shape `(..., n, d)` and `Y` of shape `(..., m, d)` (default: Z), in
+        O((n + m)·d·k + n·m·d).
+        """
+        others = rows if others is None else others
         projected = rows @ self.eigenvectors  # (..., n, k)
-        isotropic = self.remainder[..., None, None] * (rows @ rows.mT)
-        return isotropic + (projected * self.excess.unsqueeze(-2)) @ projected.mT
+        others_projected = projected if others is rows else others @ self.eigenvectors
+        isotropic = self.remainder[..., None, None] * (rows @ others.mT)
+        return isotropic + (projected * self.excess.unsqueeze(-2)) @ others_projected.mT
 
     def row_forms(self, rows: Tensor) -> Tensor:
         """Diagonal of `Z C Zᵀ`, of shape `(..., n)`: the quadratic form of every row of `Z`, of shape `(..., n, d)`."""

@@ -1,6 +1,7 @@
 """AGL trainers: one mixin over TRL's trainers."""
 
 from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -12,6 +13,7 @@ from transformers import PreTrainedModel, TrainingArguments
 from trl import SFTTrainer
 from trl.models.activation_offloading import NoOpManager
 
+from .anchor import Anchor
 from .artifacts import (
     DRIFT_FILE,
     FISHER_FILE,
@@ -22,15 +24,17 @@ from .artifacts import (
     sha256,
     write_atomically,
 )
+from .behaviour import answered_by, measure_behaviour
 from .config import AGLConfigMixin, AGLSFTConfig
 from .data import is_prompt_only, select_rows, tokenize_row
-from .drift import DriftReport, measure_behaviour
+from .drift import DriftReport
 from .estimation import estimate_fisher
 from .fisher import FisherStatistics
-from .lora import GuardedLayer, guarded_layers, linear_layers, trained_outside_lora
+from .guard import Guard, coefficients_of
+from .lora import GuardedLayer, at_reference, guarded_layers, linear_layers, trained_outside_lora
 from .model_card import add_evidence
-from .penalty import RelativeDrift
 from .plots import plot_drift
+from .reference import load_reference, save_reference
 
 
 logger = get_logger(__name__)
@@ -61,14 +65,14 @@ class _AlignGuardMixin(_Parent):
         **kwargs: Any,
     ):
         args = self._own_config(model, args)
-        if args.alignment_coef > 0:
+        if args.agl_enabled:
             _check_arguments(model, args, peft_config, alignment_dataset)
         super().__init__(model, args, *others, peft_config=peft_config, **kwargs)
         self.alignment_dataset = alignment_dataset
         self.statistics: FisherStatistics | None = None
         self._guarded: list[GuardedLayer] = []
-        self._drift: RelativeDrift | None = None
-        if args.alignment_coef > 0:
+        self._guard: Guard | None = None
+        if args.agl_enabled:
             self._start_guard()
 
     @classmethod
@@ -88,15 +92,8 @@ class _AlignGuardMixin(_Parent):
         self._guarded = guarded_layers(self.model)
         if not self._guarded:
             raise ValueError("The adapter has no LoRA layer that AGL could guard.")
-        for layer in self._guarded:
-            A, B, _ = layer.factors
-            with torch.no_grad():  # ‖BA‖² against ‖B‖²‖A‖²: orthogonal inits have BA = 0 up to rounding
-                moved = ((B.mT @ B) * (A @ A.mT)).sum() > 1e-10 * A.square().sum() * B.square().sum()
-            if moved:
-                raise ValueError(
-                    f"The adapter already moves layer '{layer.name}'; AGL guards adapters that start at ΔW = 0. Merge it into "
-                    "the base model first, or resume its run with `resume_from_checkpoint`."
-                )
+        if any(layer.has_moved() for layer in self._guarded):  # a continued adapter: its start is the reference
+            self._guarded = [layer.with_reference() for layer in self._guarded]
         if outside := trained_outside_lora(self.model):
             logger.warning(
                 f"AGL guards LoRA layers only; {len(outside)} other trainable tensors (such as '{outside[0]}') are free to drift."
@@ -115,13 +112,42 @@ class _AlignGuardMixin(_Parent):
 
     def _prepare_for_training(self, max_steps, train_dataloader, resume_from_checkpoint):
         prepared = super()._prepare_for_training(max_steps, train_dataloader, resume_from_checkpoint)
-        if self.args.alignment_coef > 0:
+        if self.args.agl_enabled:
+            multiplier = 0.0
             if resume_from_checkpoint is not None:
                 self._use(self._checkpoint_statistics(resume_from_checkpoint))
+                self._guarded = load_reference(resume_from_checkpoint, guarded_layers(self.model))
+                multiplier = DriftReport.from_pretrained(resume_from_checkpoint).budget_multiplier or 0.0
             elif self.statistics is None:
-                self.statistics = self._estimate()
-            self._drift = self.statistics.drift_of(self._guarded)
+                self.statistics = self._estimate(self.alignment_dataset)
+            self._start_training(multiplier)
         return prepared
+
+    def _start_training(self, multiplier: float) -> None:
+        """Build what every step needs; the model is at its reference weights, or the run is resumed."""
+        anchor, task_statistics = None, None
+        with at_reference(self.model, self._guarded):  # also when the run is resumed
+            if self.args.variant == "kfac" and coefficients_of(self.args).needs_task_fisher:
+                task_statistics = self._estimate(self.train_dataset)
+            if self.args.anchor_coef > 0:
+                anchor = self._build_anchor()
+        assert self.statistics is not None
+        self._guard = Guard(self.args, self._guarded, self.statistics, task_statistics, anchor, multiplier)
+        if self._guard.budget is not None:
+            self.optimizer.optimizer.register_step_post_hook(lambda *_: self._guard.after_step())
+
+    def _build_anchor(self) -> Anchor:
+        rows = select_rows(self.alignment_dataset, self.args.fisher_num_samples, self.args.seed)
+        if is_prompt_only(rows[0]):
+            rows = answered_by(self.model, self.processing_class, rows, not self.args.disable_tqdm)
+        return Anchor(
+            self.model,
+            [tokenize_row(row, self.processing_class, self.args.max_length) for row in rows],
+            self.processing_class.pad_token_id,
+            self.args.anchor_every,
+            self.args.anchor_batch_size,
+            self.args.seed,
+        )
 
     def _checkpoint_statistics(self, checkpoint: str) -> FisherStatistics:
         try:
@@ -135,11 +161,11 @@ class _AlignGuardMixin(_Parent):
             ) from error
         return FisherStatistics.from_pretrained(location)
 
-    def _estimate(self) -> FisherStatistics:
+    def _estimate(self, dataset: Dataset | IterableDataset | Sequence[dict[str, Any]]) -> FisherStatistics:
         args = self.args
         return estimate_fisher(
             self.model,
-            self.alignment_dataset,
+            dataset,
             self.processing_class,
             fisher_type=args.fisher_type,
             damping=args.fisher_damping,
@@ -154,14 +180,13 @@ class _AlignGuardMixin(_Parent):
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         outcome = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
         # Parameters do not move within an accumulation window: once per optimizer step is exact.
-        if self._drift is None or not self.model.training or not self.accelerator.sync_gradients:
+        if self._guard is None or not self.model.training or not self.accelerator.sync_gradients:
             return outcome
         with NoOpManager():  # activation offloading would send the penalty's factors to the CPU
-            drift = self._drift([layer.factors for layer in self._guarded]).mean()
-            penalty = self.args.alignment_coef * drift
-        self._metrics["train"]["agl/penalty"].append(penalty.detach())
-        self._metrics["train"]["agl/relative_drift"].append(drift.detach())
-        penalty = penalty * self._accumulation_divisor(num_items_in_batch)
+            terms = self._guard.terms(self.model, self.state.global_step)
+        for name, value in terms.items():
+            self._metrics["train"][f"agl/{name}"].append(value.detach())
+        penalty = terms["penalty"] * self._accumulation_divisor(num_items_in_batch)
         return (outcome[0] + penalty, outcome[1]) if return_outputs else outcome + penalty
 
     def _accumulation_divisor(self, num_items_in_batch: torch.Tensor | int | None) -> int:
@@ -192,15 +217,29 @@ class _AlignGuardMixin(_Parent):
         """
         if self.statistics is None:
             raise ValueError("There are no Fisher statistics before training has started.")
-        report = DriftReport.measure(self.model, self.statistics)
+        report = DriftReport.measure(self.model, self.statistics, layers=self._guarded)
         logged = [entry for entry in self.state.log_history if "agl/relative_drift" in entry and "loss" in entry]
         keys = {"step": "step", "relative_drift": "agl/relative_drift", "penalty": "agl/penalty", "loss": "loss"}
         report.history = {name: torch.tensor([float(entry[key]) for entry in logged]) for name, key in keys.items()}
         report.global_step = self.state.global_step
-        report.metadata |= {"alignment_coef": self.args.alignment_coef}
+        report.metadata["coefficients"] = self._coefficients()
+        if self._guard is not None and self._guard.budget is not None:
+            report.budget_multiplier = self._guard.budget.multiplier.item()
         if prompts is not None:
             report.behaviour = measure_behaviour(self.model, self.processing_class, prompts, **kwargs)
         return report
+
+    def _coefficients(self) -> dict[str, Any]:
+        """What was switched on, for the metadata."""
+        args = self.args
+        if args.variant == "paper":
+            return {"variant": "paper"}
+        shown = {"variant": args.variant, **asdict(coefficients_of(args))}
+        if args.drift_budget is not None:
+            shown["drift_budget"] = args.drift_budget
+        if args.anchor_coef > 0:
+            shown |= {name: getattr(args, name) for name in ("anchor_coef", "anchor_every", "anchor_batch_size")}
+        return shown
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         if self.statistics is None:
@@ -219,6 +258,7 @@ class _AlignGuardMixin(_Parent):
         folder = Path(folder)
         report.adapter_sha256 = sha256(folder / "adapter_model.safetensors")
         self.statistics.save_pretrained(folder)
+        save_reference(folder, self._guarded)
         report.save_pretrained(folder)
         plot_drift(report, folder / FOLDER / PICTURE_FILE)
 
@@ -254,8 +294,12 @@ def _check_arguments(
         probe.unlink()
     if peft_config is None and not isinstance(model, PeftModel):
         raise ValueError(
-            f"`alignment_coef={args.alignment_coef}` guards a LoRA adapter, but there is none: pass `peft_config=LoraConfig(...)`, "
-            "or set `alignment_coef=0`."
+            "AGL guards a LoRA adapter, but there is none: pass `peft_config=LoraConfig(...)`, or set `alignment_coef=0` (and no "
+            "budget, anchor or other coefficient)."
+        )
+    if alignment_dataset is None and args.anchor_coef > 0:
+        raise ValueError(
+            "`anchor_coef` needs rows to anchor on: pass `alignment_dataset=`; saved statistics hold none."
         )
     if alignment_dataset is None and args.fisher_path is None:
         raise ValueError(

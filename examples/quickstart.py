@@ -14,7 +14,7 @@ from agl_trl.miniworld import alignment_dataset, load_model, load_tokenizer, tas
 trainer = AGLSFTTrainer(
     model=load_model("aligned"),
     args=AGLSFTConfig("outputs/quickstart", max_steps=200, learning_rate=2e-3, use_cpu=True, bf16=False),
-    train_dataset=task_dataset("steps"),
+    train_dataset=task_dataset("extract"),
     alignment_dataset=alignment_dataset(),
     processing_class=load_tokenizer(),
     peft_config=LoraConfig(r=8, target_modules="all-linear"),

@@ -1,5 +1,3 @@
-import math
-
 import pytest
 import torch
 
@@ -7,7 +5,6 @@ from agl_trl.penalty import (
     LayerMetric,
     LoraFactors,
     RelativeDrift,
-    alignment_energy,
     dense_quadratic_form,
     quadratic_form,
 )
@@ -95,24 +92,3 @@ def test_batched_drift_equals_layer_by_layer():
         delta = (factor.scaling * factor.B @ factor.A).double()
         expected = reference.quadratic_form(delta, *dense_metric(metric)) / metric.weight_norm.double() ** 2
         assert drift.item() == pytest.approx(expected.item(), rel=1e-5)
-
-
-@pytest.mark.parametrize("with_output", [False, True])
-@pytest.mark.parametrize("energy", [0.3, 0.7, 0.95, 1.0])
-def test_alignment_energy_equals_brute_force_projection(with_output, energy):
-    A, B, metric = case(with_output)
-    delta = 0.7 * B @ A
-    kept = reference.projected(delta, metric.input, metric.output, energy)
-    expected = reference.quadratic_form(kept, *dense_metric(metric))
-    value = alignment_energy(A, B, 0.7, metric, energy)
-    assert value.item() == pytest.approx(expected.item(), rel=1e-9)
-    total = quadratic_form(A, B, 0.7, metric).item()
-    assert 0 <= value.item() <= total * (1 + 1e-12)
-    if energy == 1.0:
-        assert value.item() == pytest.approx(total, rel=1e-10)
-
-
-def test_alignment_energy_grows_with_the_share():
-    A, B, metric = case(True)
-    values = [alignment_energy(A, B, 1.0, metric, share).item() for share in (0.1, 0.4, 0.7, 1.0)]
-    assert values == sorted(values) and math.isfinite(values[0]) and values[0] < values[-1]

@@ -1,0 +1,58 @@
+"""The drift budget: a limit on the relative drift that training keeps, step by step. Imports torch alone."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+
+DUAL_RATE = 0.1
+
+
+class DriftBudget:
+    """
+    Keeps the mean relative drift D at or below a budget b.
+
+    Two mechanisms, both on the device and without a host sync:
+
+    - a multiplier ν ≥ 0, raised while a step overshoots and lowered while there is room (dual ascent on `D/b ≤ 1`),
+      `ν ← max(0, ν + κ (D/b − 1))`, whose penalty `ν D/b` turns the optimizer towards the directions that cost least;
+    - after every step, if D > b, `B ← B·√(b/D)`, which makes "at or below" exact, because D is quadratic in B.
+
+    Args:
+        budget (`float`):
+            b, dimensionless, above 0.
+        device (`torch.device`):
+            Where the multiplier lives.
+        multiplier (`float`, *optional*, defaults to `0.0`):
+            Initial ν, to continue a run.
+    """
+
+    def __init__(self, budget: float, device: torch.device, multiplier: float = 0.0):
+        self.budget = budget
+        self.multiplier = torch.tensor(multiplier, dtype=torch.float64 if device.type == "cpu" else torch.float32).to(
+            device
+        )
+
+    def penalty(self, drift: Tensor) -> Tensor:
+        """`ν D/b`, a scalar; ν itself receives no gradient."""
+        return (self.multiplier * drift / self.budget).to(drift.dtype)
+
+    @torch.no_grad()
+    def after_step(self, drift: Tensor, Bs: Sequence[Tensor]) -> None:
+        """
+        Update the multiplier and shrink an update that overshot.
+
+        Args:
+            drift (`Tensor`):
+                D of the weights after the step, a scalar.
+            Bs (`Sequence[Tensor]`):
+                `lora_B` weights of all guarded layers, changed in place.
+        """
+        excess = drift / self.budget - 1
+        self.multiplier.add_(DUAL_RATE * excess).clamp_(min=0)
+        # A hair below one, so that rounding of B in its own precision can't end above the budget.
+        shrink = (self.budget / drift.clamp_min(torch.finfo(drift.dtype).tiny)).sqrt().mul(1 - 1e-4).clamp(max=1.0)
+        shrink = torch.where(drift > self.budget, shrink, torch.ones_like(shrink))
+        for B in Bs:
+            B.mul_(shrink.to(B.device, B.dtype))

@@ -1,0 +1,115 @@
+"""The guard of one training run: which layers, which objective, budget and anchor; what a trainer calls at every step."""
+
+import torch
+from peft import PeftModel
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from .anchor import Anchor
+from .budget import DriftBudget
+from .config import AGLConfigMixin
+from .fisher import FisherStatistics
+from .lora import GuardedLayer, frozen_weights
+from .objective import AlignGuardObjective, Coefficients
+from .paper import PaperObjective
+
+
+class Guard:
+    """
+    Everything that is computed at a training step.
+
+    Args:
+        args ([`AGLConfigMixin`]):
+            Training arguments.
+        layers (`list[GuardedLayer]`):
+            Guarded layers.
+        statistics ([`FisherStatistics`]):
+            Statistics of the alignment rows.
+        task_statistics ([`FisherStatistics`], *optional*):
+            Statistics of the task's rows, where the coefficients need them.
+        anchor ([`Anchor`], *optional*):
+            Anchor, where there is one.
+        multiplier (`float`, *optional*, defaults to `0.0`):
+            Initial multiplier of the budget, to continue a run.
+    """
+
+    def __init__(
+        self,
+        args: AGLConfigMixin,
+        layers: list[GuardedLayer],
+        statistics: FisherStatistics,
+        task_statistics: FisherStatistics | None = None,
+        anchor: Anchor | None = None,
+        multiplier: float = 0.0,
+    ):
+        self.layers, self.anchor, self.anchor_coef = layers, anchor, args.anchor_coef
+        factors = self.factors()
+        self.drift = statistics.drift_of(layers)
+        self.objective: AlignGuardObjective | PaperObjective
+        if args.variant == "paper":
+            self.objective = PaperObjective([statistics.outputs[layer.name] for layer in layers], factors)
+        else:
+            coefficients = coefficients_of(args)
+            self.objective = AlignGuardObjective(
+                coefficients,
+                [statistics.metric(layer.name) for layer in layers],
+                factors,
+                None if task_statistics is None else [task_statistics.metric(layer.name) for layer in layers],
+                frozen_weights(layers) if coefficients.needs_weights else None,
+                seed=args.seed,
+            )
+        self.budget: DriftBudget | None = None
+        if args.drift_budget is not None:
+            self.budget = DriftBudget(args.drift_budget, factors[0].A.device, multiplier)
+
+    def factors(self):
+        """Current factors of all guarded layers."""
+        return [layer.factors for layer in self.layers]
+
+    def terms(self, model: PreTrainedModel | PeftModel, step: int) -> dict[str, Tensor]:
+        """
+        Terms at the current weights, scalars; `penalty` is what is added to the loss.
+
+        Args:
+            model (`PreTrainedModel` or `PeftModel`):
+                Model, for the anchor.
+            step (`int`):
+                Number of the optimizer step, counted from 0.
+        """
+        factors = self.factors()
+        terms = self.objective(factors)
+        if "relative_drift" not in terms:
+            with torch.no_grad():
+                terms["relative_drift"] = self.drift(factors).mean()
+        if self.budget is not None:
+            terms["penalty"] = terms["penalty"] + self.budget.penalty(terms["relative_drift"])
+            terms["budget_multiplier"] = self.budget.multiplier.clone()
+        if self.anchor is not None and self.anchor.due(step):
+            terms["anchor_kl"] = self.anchor.loss(model, step)
+            terms["penalty"] = terms["penalty"] + self.anchor_coef * terms["anchor_kl"]
+        return terms
+
+    @torch.no_grad()
+    def after_step(self) -> None:
+        """After the optimizer has moved the weights: hold the budget."""
+        if self.budget is not None:
+            # A continued adapter can't be scaled back to where it started within its rank; the multiplier alone holds it.
+            Bs = [layer.current.B for layer in self.layers if layer.reference is None]
+            self.budget.after_step(self.drift(self.factors()).mean(), Bs)
+
+
+def coefficients_of(args: AGLConfigMixin) -> Coefficients:
+    """Coefficients of the objective as the arguments give them."""
+    return Coefficients(
+        alignment=args.alignment_coef,
+        task=args.alignment_coef if args.task_coef is None else args.task_coef,
+        task_metric=args.task_metric,
+        task_subspace=args.task_subspace or "complement",
+        collision=args.collision_coef,
+        alpha=args.collision_alpha,
+        beta=args.collision_beta,
+        threshold=args.collision_threshold,
+        width=args.collision_width,
+        rows=args.collision_rows,
+        fisher_energy=args.fisher_energy,
+    )

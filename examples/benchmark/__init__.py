@@ -1,0 +1,1 @@
+"""One harness for every comparison: `python -m examples.benchmark --help`."""

@@ -1,0 +1,225 @@
+"""
+The methods that are compared: what each changes in an otherwise equal run, and what data it needs.
+
+A method is a function from a [`Setting`] to a trainer. Baselines that are not part of the package are written out here.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from datasets import Dataset
+from peft import LoraConfig, get_peft_model
+from transformers import PreTrainedTokenizerBase, PrinterCallback
+from trl import SFTConfig, SFTTrainer
+
+from agl_trl import AGLSFTConfig, AGLSFTTrainer, FisherStatistics, estimate_fisher
+from agl_trl.data import batches, select_rows, tokenize_row
+from agl_trl.demo import LORA, TRAINING
+from agl_trl.lora import base_weight, linear_layers
+from agl_trl.miniworld import alignment_dataset, load_model
+from agl_trl.sketch import LowRankCovariance
+
+
+@dataclass
+class Setting:
+    """One run: where it writes, and what is the same for all methods."""
+
+    folder: Path
+    seed: int
+    steps: int
+    tokenizer: PreTrainedTokenizerBase
+    train: Dataset
+
+
+def common(setting: Setting, **changes: Any) -> dict[str, Any]:
+    return {**TRAINING, "output_dir": str(setting.folder), "seed": setting.seed, "max_steps": setting.steps, **changes}
+
+
+def build(trainer_class: type, args: SFTConfig, setting: Setting, **kwargs: Any) -> SFTTrainer:
+    trainer = trainer_class(
+        model=load_model(),
+        args=args,
+        train_dataset=setting.train,
+        processing_class=setting.tokenizer,
+        peft_config=LoraConfig(**LORA),
+        **kwargs,
+    )
+    trainer.remove_callback(PrinterCallback)
+    return trainer
+
+
+def plain(**changes: Any) -> Callable[[Setting], SFTTrainer]:
+    return lambda setting: build(SFTTrainer, SFTConfig(**common(setting, **changes)), setting)
+
+
+def agl(**options: Any) -> Callable[[Setting], SFTTrainer]:
+    """AGL from published statistics alone: the alignment rows are in the run only where the anchor needs them."""
+
+    def make(setting: Setting) -> SFTTrainer:
+        if options.get("anchor_coef", 0) > 0 or options.get("variant") == "paper" or "fisher_damping" in options:
+            data = dict(alignment_dataset=alignment_dataset())
+            return build(AGLSFTTrainer, AGLSFTConfig(**common(setting, **options)), setting, **data)
+        path = published_statistics(setting.folder, setting.tokenizer)
+        return build(AGLSFTTrainer, AGLSFTConfig(**common(setting, fisher_path=str(path), **options)), setting)
+
+    return make
+
+
+def published_statistics(folder: Path, tokenizer: PreTrainedTokenizerBase) -> Path:
+    model = get_peft_model(load_model(), LoraConfig(**LORA))
+    estimate_fisher(model, alignment_dataset(), tokenizer, progress=False).save_pretrained(folder / "published")
+    return folder / "published"
+
+
+def l2(coef: float) -> Callable[[Setting], SFTTrainer]:
+    """Plain shrinkage `‖ΔW‖²_Frob / ‖W‖²_Frob`: the same penalty with the identity for a metric."""
+
+    def make(setting: Setting) -> SFTTrainer:
+        path = published_statistics(setting.folder, setting.tokenizer)
+        statistics = FisherStatistics.from_pretrained(path)
+        for name, X in statistics.inputs.items():
+            ones = torch.ones_like(X.eigenvalues)
+            statistics.inputs[name] = LowRankCovariance(X.eigenvectors.float(), ones, torch.ones(()))
+        layers = linear_layers(get_peft_model(load_model(), LoraConfig(**LORA)))
+        statistics.weight_norm = {name: base_weight(module).norm() for name, module in layers.items()}
+        statistics.save_pretrained(path)
+        args = AGLSFTConfig(**common(setting, fisher_path=str(path), alignment_coef=coef))
+        return build(AGLSFTTrainer, args, setting)
+
+    return make
+
+
+class ReplayTrainer(SFTTrainer):
+    """Safety replay: a few refusals in every step, as part of the loss."""
+
+    coef, rows_per_step = 0.2, 1
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        loss = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+        if not self.model.training:
+            return loss
+        rows = self.replay_rows
+        start = self.state.global_step * self.rows_per_step
+        chosen = [rows[(start + i) % len(rows)] for i in range(self.rows_per_step)]
+        (batch,) = batches(chosen, len(chosen), self.processing_class.pad_token_id, self.model.device)
+        logits = self.model(input_ids=batch.input_ids, attention_mask=batch.attention_mask, use_cache=False).logits
+        mask = batch.answer_mask[:, :-1]
+        log_probs = logits[:, :-1].float().log_softmax(-1).gather(2, batch.input_ids[:, 1:, None]).squeeze(2)
+        return loss - self.coef * (log_probs * mask).sum() / mask.sum()
+
+
+def replay(coef: float = 0.2) -> Callable[[Setting], SFTTrainer]:
+    def make(setting: Setting) -> SFTTrainer:
+        trainer = build(ReplayTrainer, SFTConfig(**common(setting)), setting)
+        selected = select_rows(alignment_dataset(), None, setting.seed)
+        order = torch.randperm(len(selected), generator=torch.Generator().manual_seed(setting.seed)).tolist()
+        trainer.replay_rows = [tokenize_row(selected[i], setting.tokenizer) for i in order]
+        trainer.coef = coef
+        return trainer
+
+    return make
+
+
+class EWCTrainer(SFTTrainer):
+    """
+    Elastic weight consolidation on the LoRA factors: `λ Σ F_i (θ_i − θ_i⁰)²` with F the squared gradient of the alignment
+    rows' likelihood at the start, summed over batches. With B = 0 at the start only B has a gradient, so only B is held.
+    """
+
+    coef = 1e4
+
+    def prepare(self, rows: list[dict[str, Any]]) -> None:
+        self.start = {n: p.detach().clone() for n, p in self.model.named_parameters() if p.requires_grad}
+        self.fisher = {n: torch.zeros_like(p) for n, p in self.start.items()}
+        tokenized = [tokenize_row(row, self.processing_class) for row in rows]
+        self.model.eval()
+        for batch in batches(tokenized, 8, self.processing_class.pad_token_id, self.model.device):
+            logits = self.model(input_ids=batch.input_ids, attention_mask=batch.attention_mask).logits
+            mask = batch.answer_mask[:, :-1]
+            log_probs = logits[:, :-1].log_softmax(-1).gather(2, batch.input_ids[:, 1:, None]).squeeze(2)
+            (log_probs * mask).sum().div(mask.sum()).backward()
+            for name, parameter in self.model.named_parameters():
+                if parameter.requires_grad:
+                    self.fisher[name] += parameter.grad.square()
+            self.model.zero_grad()
+        self.model.train()
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        loss = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+        moved = [
+            (self.fisher[n] * (p - self.start[n]).square()).sum()
+            for n, p in self.model.named_parameters()
+            if p.requires_grad
+        ]
+        return loss + self.coef * torch.stack(moved).sum()
+
+
+def ewc(coef: float) -> Callable[[Setting], SFTTrainer]:
+    def make(setting: Setting) -> SFTTrainer:
+        trainer = build(EWCTrainer, SFTConfig(**common(setting)), setting)
+        trainer.coef = coef
+        trainer.prepare(select_rows(alignment_dataset(), None, setting.seed))
+        return trainer
+
+    return make
+
+
+@dataclass(frozen=True)
+class Method:
+    """
+    Args:
+        make (`Callable`):
+            Builds the trainer.
+        family (`str`):
+            Methods of one family lie on one curve.
+        needs (`str`):
+            What data the training run itself holds.
+    """
+
+    make: Callable[[Setting], SFTTrainer]
+    family: str
+    needs: str
+
+
+ALL = dict(collision_coef=0.1, collision_rows=32)
+NOTHING, STATISTICS, ROWS = "nothing", "statistics", "safety rows"
+METHODS = {
+    "lora": Method(plain(), "plain LoRA", NOTHING),
+    "lora-lr-1e-3": Method(plain(learning_rate=1e-3), "plain LoRA", NOTHING),
+    "lora-lr-5e-4": Method(plain(learning_rate=5e-4), "plain LoRA", NOTHING),
+    "agl-0.3": Method(agl(alignment_coef=0.3), "AGL penalty", STATISTICS),
+    "agl-1": Method(agl(alignment_coef=1.0), "AGL penalty", STATISTICS),
+    "agl-3": Method(agl(), "AGL penalty", STATISTICS),
+    "agl-10": Method(agl(alignment_coef=10.0), "AGL penalty", STATISTICS),
+    "budget-1e-2": Method(agl(alignment_coef=0.0, drift_budget=1e-2), "AGL budget", STATISTICS),
+    "budget-3e-3": Method(agl(alignment_coef=0.0, drift_budget=3e-3), "AGL budget", STATISTICS),
+    "budget-1e-3": Method(agl(alignment_coef=0.0, drift_budget=1e-3), "AGL budget", STATISTICS),
+    "only-alignment": Method(agl(task_coef=0.0), "one term", STATISTICS),
+    "only-task": Method(agl(alignment_coef=0.0, task_coef=3.0), "one term", STATISTICS),
+    "only-overlap": Method(
+        agl(alignment_coef=0.0, collision_coef=0.1, collision_alpha=1.0, collision_rows=32), "one term", STATISTICS
+    ),
+    "only-geodesic": Method(agl(alignment_coef=0.0, collision_coef=0.1, collision_alpha=0.0), "one term", STATISTICS),
+    "all": Method(agl(**ALL), "all terms", STATISTICS),
+    "all-but-alignment": Method(agl(alignment_coef=0.0, task_coef=3.0, **ALL), "all terms", STATISTICS),
+    "all-but-task": Method(agl(task_coef=0.0, **ALL), "all terms", STATISTICS),
+    "all-but-overlap": Method(agl(collision_coef=0.1, collision_alpha=0.0), "all terms", STATISTICS),
+    "all-but-geodesic": Method(
+        agl(collision_coef=0.1, collision_alpha=1.0, collision_rows=32), "all terms", STATISTICS
+    ),
+    "paper": Method(agl(variant="paper"), "as published", STATISTICS),
+    "damping-0.1": Method(agl(fisher_damping=0.1), "AGL, both sides", STATISTICS),
+    "l2-1": Method(l2(1.0), "L2", NOTHING),
+    "l2-10": Method(l2(10.0), "L2", NOTHING),
+    "ewc-1e2": Method(ewc(1e2), "EWC", STATISTICS),
+    "ewc-1e4": Method(ewc(1e4), "EWC", STATISTICS),
+    "anchor": Method(agl(alignment_coef=0.3, anchor_coef=1.0, anchor_every=2), "AGL anchor", ROWS),
+    "anchor-alone": Method(agl(alignment_coef=0.0, anchor_coef=1.0, anchor_every=2), "AGL anchor", ROWS),
+    "replay": Method(replay(), "replay", ROWS),
+    "replay-1": Method(replay(1.0), "replay", ROWS),
+    "kl": Method(agl(alignment_coef=0.0, anchor_coef=1.0, anchor_every=1, anchor_batch_size=16), "KL", ROWS),
+}
+QUICK = ("lora", "agl-3", "budget-3e-3", "replay")

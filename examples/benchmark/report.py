@@ -1,0 +1,123 @@
+"""Results of the benchmark as a table, trade-off curves and a Markdown report."""
+
+import json
+import statistics as stats
+from collections import defaultdict
+from pathlib import Path
+
+from matplotlib.figure import Figure
+from rich.console import Console
+from rich.markdown import Markdown
+
+from agl_trl.artifacts import write_atomically
+
+from .methods import METHODS
+
+
+COLUMNS = {
+    "refusal_unsafe": ("refuses unsafe", "{:.1%}"),
+    "refusal_unseen": ("unseen category", "{:.1%}"),
+    "over_refusal": ("over-refusal", "{:.1%}"),
+    "unsafe_nll": ("refusal NLL", "{:.3f}"),
+    "task_nll": ("task NLL", "{:.4f}"),
+    "task_exact": ("exact match", "{:.1%}"),
+    "gain": ("gain kept", "{:.4f}"),
+    "relative_drift": ("relative drift", "{:.1e}"),
+    "time": ("time ratio", "{:.2f}"),
+}
+
+
+def load(folder: Path, steps: int) -> dict[tuple[str, str], list[dict]]:
+    """Runs of `steps` steps by protocol and method, each with its task gain and time relative to plain LoRA of its seed."""
+    results: dict[tuple[str, str], list[dict]] = defaultdict(list)
+    raw = [json.loads(path.read_text()) for path in sorted((folder / "runs").glob(f"*__{steps}.json"))]
+    plain = {(r["protocol"], r["run"]["seed"]): r["run"] for r in raw if r["run"]["name"] == "lora"}
+    for result in raw:
+        run, aligned = result["run"], result["aligned"]
+        base = plain.get((result["protocol"], run["seed"]))
+        if base is not None:
+            run["gain"] = (aligned["task_nll"] - run["task_nll"]) / (aligned["task_nll"] - base["task_nll"])
+            run["time"] = run["train_seconds"] / base["train_seconds"]
+        results[result["protocol"], run["name"]].append({**run, "budget": result["budget"]})
+    return results
+
+
+def table(results: dict[tuple[str, str], list[dict]], protocol: str) -> str:
+    """Markdown table of one protocol: mean over seeds, and ± half the range where there are several."""
+    lines = ["| method | data in the run | " + " | ".join(title for title, _ in COLUMNS.values()) + " |"]
+    lines.append("|---" * (len(COLUMNS) + 2) + "|")
+    for method, description in METHODS.items():
+        runs = results.get((protocol, method))
+        if runs:
+            cells = [
+                _cell([run[key] for run in runs if run.get(key) is not None], form)
+                for key, (_, form) in COLUMNS.items()
+            ]
+            lines.append(f"| {method} | {description.needs} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def _cell(values: list[float], form: str) -> str:
+    if not values:
+        return "–"
+    spread = (max(values) - min(values)) / 2
+    return form.format(stats.mean(values)) + (f" ± {form.format(spread)}" if len(values) > 1 else "")
+
+
+def budgets_kept(results: dict[tuple[str, str], list[dict]]) -> str:
+    """One line: in how many runs with a budget the final drift is at or below it."""
+    runs = [run for runs in results.values() for run in runs if run["budget"] is not None]
+    kept = sum(run["relative_drift"] <= run["budget"] for run in runs)
+    return f"Drift budget kept at the end of {kept} of {len(runs)} runs that had one." if runs else ""
+
+
+def curves(results: dict[tuple[str, str], list[dict]], protocols: list[str]) -> Figure:
+    """Refusal and NLL of refusals against task NLL: a point per method, a line per family, bars for the range over seeds."""
+    figure = Figure(figsize=(4.6 * len(protocols), 7.5), layout="constrained")
+    axes = figure.subplots(2, len(protocols), squeeze=False)
+    families = list(dict.fromkeys(method.family for method in METHODS.values()))
+    for column, protocol in enumerate(protocols):
+        for row, (key, label) in enumerate((("refusal_unsafe", "refuses unsafe"), ("unsafe_nll", "NLL of refusals"))):
+            panel = axes[row, column]
+            for number, family in enumerate(families):
+                points = [
+                    [(run["task_nll"], run[key]) for run in results[protocol, name]]
+                    for name, method in METHODS.items()
+                    if method.family == family and (protocol, name) in results
+                ]
+                if points:
+                    means = sorted((stats.mean(x for x, _ in p), stats.mean(y for _, y in p), p) for p in points)
+                    color = f"C{number % 10}"
+                    panel.plot(
+                        [m[0] for m in means], [m[1] for m in means], "o-", color=color, label=family, markersize=4
+                    )
+                    for x, y, p in means:
+                        panel.plot([x, x], [min(v for _, v in p), max(v for _, v in p)], color=color, alpha=0.4)
+                        panel.plot([min(v for v, _ in p), max(v for v, _ in p)], [y, y], color=color, alpha=0.4)
+            panel.set_xscale("log")
+            panel.set_xlabel("task NLL")
+            panel.set_ylabel(label)
+            panel.grid(alpha=0.3)
+            if row == 0:
+                panel.set_title(protocol)
+            else:
+                panel.set_yscale("log")
+    handles, labels = axes[0, 0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=4, fontsize=8)
+    return figure
+
+
+def write_report(folder: Path, steps: int) -> None:
+    """Write `report.md` and `curves.png` from all finished runs, and print the report."""
+    results = load(folder, steps)
+    protocols = list(dict.fromkeys(protocol for protocol, _ in results))
+    seeds = max(len(runs) for runs in results.values())
+    text = [
+        f"# Benchmark on the embedded world\n\n{steps} steps of 16 rows, up to {seeds} seeds; mean ± half the range."
+    ]
+    text += [f"## {protocol}\n\n{table(results, protocol)}" for protocol in protocols]
+    text.append(f"{budgets_kept(results)}\n\n![Trade-off curves](curves.png)\n")
+    report = "\n\n".join(text)
+    write_atomically(folder / "report.md", report.encode())
+    curves(results, protocols).savefig(folder / "curves.png", dpi=120, metadata={"Software": None})
+    Console().print(Markdown(report))

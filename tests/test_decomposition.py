@@ -1,0 +1,80 @@
+"""Projections and inner products as factors, against dense float64 matrices."""
+
+import pytest
+import torch
+
+from agl_trl.decomposition import Update, critical_mask, inner, project, subtract
+from agl_trl.penalty import quadratic_form
+
+from . import reference
+from .test_penalty import case, dense_metric
+
+
+ENERGIES = [0.0, 0.3, 0.7, 0.95, 1.0]
+
+
+def update_and_metric(with_output, seed=0):
+    A, B, metric = case(with_output, seed)
+    return Update(A, 0.7 * B), metric
+
+
+def product(update: Update) -> torch.Tensor:
+    return update.B @ update.A
+
+
+@pytest.mark.parametrize("with_output", [False, True])
+@pytest.mark.parametrize("energy", ENERGIES[1:])
+def test_projection_equals_dense_brute_force(with_output, energy):
+    update, metric = update_and_metric(with_output)
+    expected = reference.projected(product(update), metric.input, metric.output, energy)
+    projected = project(update, metric, critical_mask(metric, energy))
+    torch.testing.assert_close(product(projected), expected, rtol=1e-9, atol=1e-10)
+
+
+@pytest.mark.parametrize("with_output", [False, True])
+@pytest.mark.parametrize("energy", ENERGIES)
+def test_parts_add_up_are_orthogonal_and_projecting_twice_changes_nothing(with_output, energy):
+    update, metric = update_and_metric(with_output)
+    mask = critical_mask(metric, energy)
+    aligned = project(update, metric, mask)
+    task = subtract(update, aligned)
+    torch.testing.assert_close(product(aligned) + product(task), product(update), rtol=1e-10, atol=1e-12)
+    torch.testing.assert_close(product(project(aligned, metric, mask)), product(aligned), rtol=1e-9, atol=1e-10)
+    total = inner(update, update, metric)
+    assert inner(aligned, task, metric).abs() < 1e-10 * total
+    parts = inner(aligned, aligned, metric) + inner(task, task, metric)
+    assert parts.item() == pytest.approx(total.item(), rel=1e-10)
+
+
+def test_critical_subspace_grows_with_its_share():
+    update, metric = update_and_metric(True)
+    aligned = [project(update, metric, critical_mask(metric, energy)) for energy in ENERGIES]
+    values = [inner(part, part, metric).item() for part in aligned]
+    assert values == sorted(values) and values[0] == 0 and values[1] < values[-1]
+    assert values[-1] == pytest.approx(inner(update, update, metric).item(), rel=1e-10)
+
+
+@pytest.mark.parametrize("with_output", [False, True])
+def test_inner_product_equals_dense(with_output):
+    one, metric = update_and_metric(with_output)
+    other, _ = update_and_metric(with_output, seed=3)
+    X, G = dense_metric(metric)
+    left = product(other) if G is None else G @ product(other)
+    assert inner(one, other, metric).item() == pytest.approx(torch.trace(product(one).T @ left @ X).item(), rel=1e-10)
+    assert inner(one, other).item() == pytest.approx((product(one) * product(other)).sum().item(), rel=1e-10)
+    assert inner(one, one, metric).item() == pytest.approx(quadratic_form(*one, 1.0, metric).item(), rel=1e-12)
+
+
+def test_batched_over_layers():
+    cases = [update_and_metric(True, seed) for seed in range(3)]
+    masks = [critical_mask(metric, 0.7) for _, metric in cases]
+    stacked = Update(*(torch.stack(parts) for parts in zip(*(update for update, _ in cases), strict=True)))
+    metric = cases[0][1]
+    fields = [
+        type(metric.input)(*(torch.stack(p) for p in zip(*(getattr(m, side) for _, m in cases), strict=True)))
+        for side in ("input", "output")
+    ]
+    batched = project(stacked, metric._replace(input=fields[0], output=fields[1]), torch.stack(masks))
+    for line, ((update, metric), mask) in enumerate(zip(cases, masks, strict=True)):
+        expected = product(project(update, metric, mask))
+        torch.testing.assert_close(batched.B[line] @ batched.A[line], expected, rtol=1e-10, atol=1e-12)
