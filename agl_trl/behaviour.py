@@ -13,11 +13,12 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from .data import batches, tokenize_row
+from .data import AlignmentRow, batches, tokenize_row
 from .refusal import judge
 
 
 Messages = list[dict[str, str]] | str
+KL_TOKENS = 8
 
 
 @contextmanager
@@ -176,6 +177,8 @@ class Behaviour:
             Boolean: whether the greedy answer refuses.
         nll_base, nll_tuned (`Tensor`):
             Negative log-likelihood per token of the reference answer, in nats; NaN where there is none.
+        kl_first_tokens (`Tensor`):
+            `KL(base ‖ tuned)` per token over the first tokens of the base model's own answer, in nats.
         metadata (`dict`):
             Judge and decoding.
     """
@@ -186,7 +189,12 @@ class Behaviour:
     refused_tuned: Tensor
     nll_base: Tensor
     nll_tuned: Tensor
+    kl_first_tokens: Tensor
     metadata: dict[str, Any] = field(default_factory=dict)
+
+    def mean_kl(self, unsafe: bool) -> float:
+        """Mean of `kl_first_tokens` over unsafe or safe prompts, in nats."""
+        return self.kl_first_tokens[self.unsafe == unsafe].mean().item()
 
     def refusal(self, tuned: bool, unsafe: bool = True, category: str | None = None) -> Rate:
         """Refusal rate on unsafe prompts, or over-refusal on safe ones, of all prompts or of one category."""
@@ -242,7 +250,8 @@ def measure_behaviour(
         )
         for adapter in (False, True)
     )
-    return compare(prompts, base, tuned)
+    kl = first_token_kl(model, tokenizer, list(prompts["prompt"]), base.texts, batch_size=batch_size)
+    return compare(prompts, base, tuned, kl)
 
 
 class Answers(NamedTuple):
@@ -293,8 +302,53 @@ def ask(
     return Answers(texts, torch.tensor([label == "refusal" for label in labels]), nll)
 
 
-def compare(prompts: Dataset, base: Answers, tuned: Answers) -> Behaviour:
-    """Answers of two models to the same prompts, side by side."""
+@torch.no_grad()
+def first_token_kl(
+    model: PeftModel,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: list[Messages],
+    answers: list[str],
+    *,
+    batch_size: int = 32,
+) -> Tensor:
+    """
+    `KL(base ‖ tuned)` per token, over the first `KL_TOKENS` tokens of the base model's answer to every prompt, where
+    alignment is concentrated.
+
+    Args:
+        model (`PeftModel`):
+            Base model with its adapter; asked with the adapter off and on.
+        tokenizer (`PreTrainedTokenizerBase`):
+            Its tokenizer.
+        prompts (`list`):
+            Conversations or plain texts.
+        answers (`list[str]`):
+            Greedy answers of the base model.
+        batch_size (`int`, *optional*, defaults to `32`):
+            Prompts per forward pass.
+
+    Returns:
+        `Tensor`: in nats, of shape `(prompts,)`.
+    """
+    rows = []
+    for prompt, answer in zip(prompts, answers, strict=True):
+        prompt_ids = _prompt_ids(tokenizer, prompt)
+        answer_ids = tokenizer(answer, add_special_tokens=False)["input_ids"][:KL_TOKENS]
+        rows.append(AlignmentRow(prompt_ids + (answer_ids or [tokenizer.eos_token_id]), len(prompt_ids)))
+    kl = torch.zeros(len(rows))
+    with evaluating(model):
+        for batch in batches(rows, batch_size, tokenizer.pad_token_id, model.device):
+            inputs = dict(input_ids=batch.input_ids, attention_mask=batch.attention_mask, use_cache=False)
+            with model.disable_adapter():
+                base = model(**inputs).logits.float().log_softmax(-1)
+            tuned = model(**inputs).logits.float().log_softmax(-1)
+            per_token = (base.exp() * (base - tuned)).sum(-1)
+            kl[batch.indices] = ((per_token * batch.answer_mask).sum(1) / batch.answer_mask.sum(1)).cpu()
+    return kl
+
+
+def compare(prompts: Dataset, base: Answers, tuned: Answers, kl: Tensor) -> Behaviour:
+    """Answers of two models to the same prompts, and the KL of [`first_token_kl`], side by side."""
     columns, count = prompts.column_names, len(prompts)
     return Behaviour(
         categories=list(prompts["category"]) if "category" in columns else ["all"] * count,
@@ -303,5 +357,6 @@ def compare(prompts: Dataset, base: Answers, tuned: Answers) -> Behaviour:
         refused_tuned=tuned.refused,
         nll_base=base.nll,
         nll_tuned=tuned.nll,
-        metadata={"judge": "refusal-openers", "decoding": "greedy"},
+        kl_first_tokens=kl,
+        metadata={"judge": "refusal-openers", "decoding": "greedy", "kl_tokens": KL_TOKENS},
     )

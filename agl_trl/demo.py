@@ -18,7 +18,7 @@ from transformers import PreTrainedTokenizerBase, PrinterCallback, TrainerCallba
 from trl import SFTConfig, SFTTrainer
 
 from .artifacts import FOLDER, PICTURE_FILE, sha256, write_atomically
-from .behaviour import Answers, answer_nll, ask, compare, generate_answers
+from .behaviour import Answers, answer_nll, ask, compare, first_token_kl, generate_answers
 from .config import AGLSFTConfig
 from .drift import DriftReport
 from .miniworld import (
@@ -135,8 +135,9 @@ def run_demo(output_dir: Path, seeds: int = 1, task: str = "extract", steps: int
             run.task_gain_retained = (aligned.task_nll - run.task_nll) / (aligned.task_nll - lora.task_nll)
         runs += [lora, agl]
 
-        plain_report.behaviour = compare(prompts, aligned_answers, lora_answers)
-        report.behaviour = compare(prompts, aligned_answers, agl_answers)
+        for trainer, answers, its_report in ((plain, lora_answers, plain_report), (ours, agl_answers, report)):
+            kl = first_token_kl(trainer.model, tokenizer, list(prompts["prompt"]), aligned_answers.texts)
+            its_report.behaviour = compare(prompts, aligned_answers, answers, kl)
         _save(folder, plain, ours, plain_report, report)
         write_atomically(output_dir / "results.json", _as_json(runs))
     console.print(_table(runs))

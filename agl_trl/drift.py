@@ -123,7 +123,7 @@ class DriftReport:
                     low, high = tuned.interval
                     lines.append(
                         f"{label:<21} {base.value:.1%} before, {tuned.value:.1%} after (95 % interval {low:.1%} to {high:.1%}, "
-                        f"{tuned.total} prompts)"
+                        f"{tuned.total} prompts); KL {self.behaviour.mean_kl(unsafe):.3f} nats per token"
                     )
         return "\n".join(lines)
 
@@ -195,4 +195,4 @@ class DriftReport:
         return report
 
 
-_PER_PROMPT = ("unsafe", "refused_base", "refused_tuned", "nll_base", "nll_tuned")
+_PER_PROMPT = ("unsafe", "refused_base", "refused_tuned", "nll_base", "nll_tuned", "kl_first_tokens")

@@ -9,6 +9,7 @@ import torch
 from accelerate.logging import get_logger
 from datasets import Dataset, IterableDataset
 from peft import PeftConfig, PeftModel
+from torch.utils.hooks import RemovableHandle
 from transformers import PreTrainedModel, TrainingArguments
 from trl import SFTTrainer
 from trl.models.activation_offloading import NoOpManager
@@ -72,6 +73,7 @@ class _AlignGuardMixin(_Parent):
         self.statistics: FisherStatistics | None = None
         self._guarded: list[GuardedLayer] = []
         self._guard: Guard | None = None
+        self._budget_hook: RemovableHandle | None = None
         if args.agl_enabled:
             self._start_guard()
 
@@ -120,7 +122,14 @@ class _AlignGuardMixin(_Parent):
                 multiplier = DriftReport.from_pretrained(resume_from_checkpoint).budget_multiplier or 0.0
             elif self.statistics is None:
                 self.statistics = self._estimate(self.alignment_dataset)
-            self._start_training(multiplier)
+            if self._guard is None or resume_from_checkpoint is not None:  # not again when the batch size is lowered
+                self._start_training(multiplier)
+            if self._guard.budget is not None:
+                if self._budget_hook is not None:
+                    self._budget_hook.remove()
+                self._budget_hook = self.optimizer.optimizer.register_step_post_hook(
+                    lambda *_: self._guard.after_step()
+                )
         return prepared
 
     def _start_training(self, multiplier: float) -> None:
@@ -133,8 +142,6 @@ class _AlignGuardMixin(_Parent):
                 anchor = self._build_anchor()
         assert self.statistics is not None
         self._guard = Guard(self.args, self._guarded, self.statistics, task_statistics, anchor, multiplier)
-        if self._guard.budget is not None:
-            self.optimizer.optimizer.register_step_post_hook(lambda *_: self._guard.after_step())
 
     def _build_anchor(self) -> Anchor:
         rows = select_rows(self.alignment_dataset, self.args.fisher_num_samples, self.args.seed)

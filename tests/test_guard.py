@@ -26,15 +26,16 @@ def test_budget_is_kept_after_every_step(budget, coef, tmp_path, tokenizer, trai
         learning_rate=2e-2,
     )
     drifts = []
-    after_step = type(trainer)._start_training
+    prepare = trainer._prepare_for_training
 
-    def watched(self, multiplier):
-        after_step(self, multiplier)
-        self.optimizer.optimizer.register_step_post_hook(
-            lambda *_: drifts.append(self._guard.drift(self._guard.factors()).mean().item())
+    def watched(*args):
+        prepared = prepare(*args)
+        trainer.optimizer.optimizer.register_step_post_hook(
+            lambda *_: drifts.append(trainer._guard.drift(trainer._guard.factors()).mean().item())
         )
+        return prepared
 
-    trainer._start_training = watched.__get__(trainer)
+    trainer._prepare_for_training = watched
     trainer.train()
     assert len(drifts) == 12 and max(drifts) <= budget and max(drifts) > 0.5 * budget
     report = trainer.drift_report()

@@ -1,0 +1,83 @@
+"""Answers and likelihoods: batching changes nothing, an adapter that does nothing changes nothing."""
+
+import pytest
+import torch
+from datasets import Dataset
+from peft import LoraConfig, get_peft_model
+
+from agl_trl.behaviour import answer_nll, first_token_kl, generate_answers, measure_behaviour
+from agl_trl.lora import guarded_layers
+
+from .models import chat_rows, tiny_model
+
+
+@pytest.fixture(scope="module")
+def prompts() -> Dataset:
+    rows = chat_rows(7, "tell me", "answer {}")
+    return Dataset.from_list([row | {"category": "ab"[i % 2], "unsafe": i < 4} for i, row in enumerate(rows)])
+
+
+def adapted(scale: float):
+    model = get_peft_model(tiny_model(), LoraConfig(r=4, target_modules="all-linear"))
+    torch.manual_seed(1)
+    for layer in guarded_layers(model):
+        torch.nn.init.normal_(layer.current.B, std=scale)
+    return model.eval()
+
+
+def test_batching_changes_no_answer_and_no_likelihood(tokenizer, prompts):
+    model = tiny_model().eval()
+    questions = list(prompts["prompt"])
+    answers = [
+        generate_answers(model, tokenizer, questions, max_new_tokens=6, batch_size=n, progress=False) for n in (1, 7)
+    ]
+    assert answers[0] == answers[1]
+    one, seven = (answer_nll(model, tokenizer, prompts, batch_size=n) for n in (1, 7))
+    torch.testing.assert_close(one, seven, rtol=1e-4, atol=1e-5)
+
+
+def test_likelihood_equals_the_models_own_loss(tokenizer, prompts):
+    model = tiny_model().eval()
+    row = prompts[2]
+    start = len(
+        tokenizer.apply_chat_template(row["prompt"], add_generation_prompt=True, return_dict=True)["input_ids"]
+    )
+    ids = torch.tensor(
+        [tokenizer.apply_chat_template(row["prompt"] + row["completion"], return_dict=True)["input_ids"]]
+    )
+    labels = ids.clone()
+    labels[0, :start] = -100
+    expected = model(input_ids=ids, labels=labels).loss.item()
+    assert answer_nll(model, tokenizer, [row])[0].item() == pytest.approx(expected, rel=1e-5)
+
+
+def test_an_adapter_that_does_nothing_changes_nothing(tokenizer, prompts):
+    same = measure_behaviour(adapted(0.0), tokenizer, prompts, max_new_tokens=6, progress=False)
+    assert torch.equal(same.refused_base, same.refused_tuned) and torch.equal(same.nll_base, same.nll_tuned)
+    assert same.kl_first_tokens.abs().max() == 0
+    other = measure_behaviour(adapted(0.5), tokenizer, prompts, max_new_tokens=6, progress=False)
+    assert (other.kl_first_tokens > 0).all() and (other.nll_base != other.nll_tuned).all()
+    assert other.refusal(True, unsafe=True).total == 4 and other.refusal(True, unsafe=False, category="a").total == 2
+
+
+def test_kl_equals_brute_force(tokenizer, prompts):
+    model = adapted(0.5)
+    question, answer = prompts[1]["prompt"], "yes, that is a long answer"
+    prompt_ids = tokenizer.apply_chat_template(question, add_generation_prompt=True, return_dict=True)["input_ids"]
+    answer_ids = tokenizer(answer)["input_ids"][:8]
+    ids = torch.tensor([prompt_ids + answer_ids])
+    with torch.no_grad():
+        tuned = model(input_ids=ids).logits.double().softmax(-1)
+        with model.disable_adapter():
+            base = model(input_ids=ids).logits.double().softmax(-1)
+    window = slice(len(prompt_ids) - 1, len(prompt_ids) + 7)
+    expected = (base * (base / tuned).log()).sum(-1)[0, window].mean()
+    value = first_token_kl(model, tokenizer, [question, prompts[0]["prompt"]], [answer, ""])
+    assert value[0].item() == pytest.approx(expected.item(), rel=1e-4) and torch.isfinite(value).all()
+
+
+def test_the_model_is_left_as_it_was(tokenizer, prompts):
+    model = adapted(0.1).train()
+    measure_behaviour(model, tokenizer, prompts, max_new_tokens=2, progress=False)
+    assert all(module.training for module in model.modules())
+    assert all(layer.current.B.requires_grad for layer in guarded_layers(model))
