@@ -246,9 +246,10 @@ def measure_behaviour(
             adapter=adapter,
             max_new_tokens=max_new_tokens,
             batch_size=batch_size,
+            desc=desc,
             progress=progress,
         )
-        for adapter in (False, True)
+        for adapter, desc in ((False, "Base model"), (True, "Tuned model"))
     )
     kl = first_token_kl(model, tokenizer, list(prompts["prompt"]), base.texts, batch_size=batch_size)
     return compare(prompts, base, tuned, kl)
@@ -280,6 +281,7 @@ def ask(
     adapter: bool = True,
     max_new_tokens: int = 64,
     batch_size: int = 32,
+    desc: str = "Tuned model",
     progress: bool = True,
 ) -> Answers:
     """Answers of one model, with its adapter on or off; arguments as in [`measure_behaviour`]."""
@@ -291,7 +293,7 @@ def ask(
             questions,
             max_new_tokens=max_new_tokens,
             batch_size=batch_size,
-            desc="Tuned model" if adapter else "Base model",
+            desc=desc,
             progress=progress,
         )
         if "completion" in prompts.column_names:

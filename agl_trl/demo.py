@@ -186,14 +186,19 @@ def _train(trainer_class, config_class, folder: Path, seed: int, steps: int, tok
 
 
 def evaluate(
-    name: str, seed: int, model: Any, tokenizer: PreTrainedTokenizerBase, prompts: Dataset, test: Dataset
+    name: str,
+    seed: int,
+    model: Any,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: Dataset,
+    test: Dataset,
+    progress: bool = True,
 ) -> tuple[Answers, Run]:
     """Answers of one model to the held-out prompts, and its line of the results."""
-    answers = ask(model, tokenizer, prompts, max_new_tokens=MAX_NEW_TOKENS, batch_size=64, progress=False)
+    shown = dict(max_new_tokens=MAX_NEW_TOKENS, batch_size=64, progress=progress)
+    answers = ask(model, tokenizer, prompts, desc=f"Asking {name}", **shown)
     unsafe, unseen = torch.tensor(prompts["unsafe"]), torch.tensor(prompts["unseen"])
-    written = generate_answers(
-        model, tokenizer, list(test["prompt"]), max_new_tokens=MAX_NEW_TOKENS, batch_size=64, progress=False
-    )
+    written = generate_answers(model, tokenizer, list(test["prompt"]), desc=f"Task, {name}", **shown)
     expected = [completion[0]["content"] for completion in test["completion"]]
 
     def rate(chosen: torch.Tensor) -> float:

@@ -83,8 +83,8 @@ def run_one(protocol: str, method: str, seed: int, steps: int, scratch: Path) ->
     trainer = METHODS[method].make(setting)
     trainer.train()
     seconds = time.perf_counter() - start
-    _, run = evaluate(method, seed, trainer.model, tokenizer, prompts, test)
-    _, aligned = evaluate("aligned", seed, load_model(), tokenizer, prompts, test)
+    _, run = evaluate(method, seed, trainer.model, tokenizer, prompts, test, progress=False)
+    _, aligned = evaluate("aligned", seed, load_model(), tokenizer, prompts, test, progress=False)
     # The same yardstick for all: the shipped statistics, whatever the method was trained with.
     statistics = estimate_fisher(load_model(), alignment_dataset(), tokenizer, progress=False)
     run.relative_drift = DriftReport.measure(trainer.model, statistics).mean_relative_drift
