@@ -81,11 +81,11 @@ class Anchor:
         indices = [self.order[(start + i) % len(self.order)] for i in range(self.batch_size)]
         chosen = [self.rows[i] for i in indices]
         (batch,) = batches(chosen, len(chosen), self.pad_token_id, next(model.parameters()).device)
-        log_probs = _logits(model, batch).float().log_softmax(-1)
-        total, count = log_probs.new_zeros(()), 0
+        logits = _logits(model, batch)
+        total, count = torch.zeros((), device=logits.device), 0
         for line, position in enumerate(batch.indices):
             reference = self.references[indices[position]]
-            tuned = log_probs[line, batch.answer_mask[line]]
+            tuned = logits[line, batch.answer_mask[line]].float().log_softmax(-1)
             total = total + _top_kl(reference, tuned).sum()
             count += len(tuned)
         return total / count

@@ -38,7 +38,6 @@ def write_atomically(path: Path, content: bytes) -> None:
     temporary = None
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        # A leading underscore keeps the temporary file out of the Trainer's uploads.
         with tempfile.NamedTemporaryFile(dir=path.parent, prefix="_", suffix=path.suffix, delete=False) as file:
             temporary = file.name
             file.write(content)

@@ -13,7 +13,8 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from .data import AlignmentRow, batches, tokenize_row
+from .data import AlignmentRow, batches, pad_token_id, tokenize_row
+from .lora import GuardedLayer, at_reference, guarded_layers
 from .refusal import judge
 
 
@@ -87,6 +88,14 @@ def generate_answers(
     return answers
 
 
+def _left_padded(rows: list[list[int]], pad: int) -> dict[str, Tensor]:
+    length = max(map(len, rows))
+    return {
+        "input_ids": torch.tensor([[pad] * (length - len(row)) + row for row in rows]),
+        "attention_mask": torch.tensor([[0] * (length - len(row)) + [1] * len(row) for row in rows]),
+    }
+
+
 def _prompt_ids(tokenizer: PreTrainedTokenizerBase, prompt: Messages) -> list[int]:
     if isinstance(prompt, str):
         return tokenizer(prompt)["input_ids"]
@@ -122,12 +131,14 @@ def answer_nll(
     rows = [tokenize_row(row, tokenizer, max_length) for row in dataset]
     nll = torch.zeros(len(rows))
     with evaluating(model):
-        for batch in batches(rows, batch_size, tokenizer.pad_token_id, model.device):
+        for batch in batches(rows, batch_size, pad_token_id(tokenizer), model.device):
             logits = model(input_ids=batch.input_ids, attention_mask=batch.attention_mask, use_cache=False).logits
-            log_probs = logits[:, :-1].float().log_softmax(-1)
-            token_nll = -log_probs.gather(2, batch.input_ids[:, 1:, None]).squeeze(2)
-            mask = batch.answer_mask[:, :-1]
-            nll[batch.indices] = ((token_nll * mask).sum(1) / mask.sum(1)).cpu()
+            for line, index in enumerate(
+                batch.indices
+            ):  # answer positions alone: a whole batch of vocabularies is large
+                positions = batch.answer_mask[line].nonzero().squeeze(1)
+                log_probs = logits[line, positions].float().log_softmax(-1)
+                nll[index] = -log_probs.gather(1, batch.input_ids[line, positions + 1, None]).mean().cpu()
     return nll
 
 
@@ -137,9 +148,11 @@ def answered_by(
     rows: list[dict[str, Any]],
     progress: bool = True,
 ) -> list[dict[str, Any]]:
-    """Prompt-only rows as prompt-completion rows, with the greedy answers of the model as it is now."""
+    """Prompt-only rows as prompt-completion rows, with the greedy answers (at most 256 tokens) of the model as it is now."""
     prompts = [row["prompt"] for row in rows]
-    answers = generate_answers(model, tokenizer, prompts, desc="Reference answers", progress=progress)
+    answers = generate_answers(
+        model, tokenizer, prompts, max_new_tokens=256, desc="Reference answers", progress=progress
+    )
     return [
         {**row, "completion": text if isinstance(row["prompt"], str) else [{"role": "assistant", "content": text}]}
         for row, text in zip(rows, answers, strict=True)
@@ -210,6 +223,7 @@ def measure_behaviour(
     tokenizer: PreTrainedTokenizerBase,
     prompts: Dataset,
     *,
+    layers: list[GuardedLayer] | None = None,
     max_new_tokens: int = 64,
     batch_size: int = 32,
     progress: bool = True,
@@ -224,6 +238,8 @@ def measure_behaviour(
             Its tokenizer.
         prompts (`Dataset`):
             Column `prompt`; optional `completion` (reference answer), `category` and boolean `unsafe` (default: all are).
+        layers (`list[GuardedLayer]`, *optional*):
+            Layers with their references, of a continued adapter; its start then is the base.
         max_new_tokens (`int`, *optional*, defaults to `64`):
             Longest answer.
         batch_size (`int`, *optional*, defaults to `32`):
@@ -244,6 +260,7 @@ def measure_behaviour(
             tokenizer,
             prompts,
             adapter=adapter,
+            layers=layers,
             max_new_tokens=max_new_tokens,
             batch_size=batch_size,
             desc=desc,
@@ -251,7 +268,7 @@ def measure_behaviour(
         )
         for adapter, desc in ((False, "Base model"), (True, "Tuned model"))
     )
-    kl = first_token_kl(model, tokenizer, list(prompts["prompt"]), base.texts, batch_size=batch_size)
+    kl = first_token_kl(model, tokenizer, list(prompts["prompt"]), base.texts, layers=layers, batch_size=batch_size)
     return compare(prompts, base, tuned, kl)
 
 
@@ -279,6 +296,7 @@ def ask(
     prompts: Dataset,
     *,
     adapter: bool = True,
+    layers: list[GuardedLayer] | None = None,
     max_new_tokens: int = 64,
     batch_size: int = 32,
     desc: str = "Tuned model",
@@ -286,7 +304,7 @@ def ask(
 ) -> Answers:
     """Answers of one model, with its adapter on or off; arguments as in [`measure_behaviour`]."""
     questions = list(prompts["prompt"])
-    with nullcontext() if adapter else model.disable_adapter():
+    with nullcontext() if adapter else at_reference(model, layers or guarded_layers(model)):
         texts = generate_answers(
             model,
             tokenizer,
@@ -311,6 +329,7 @@ def first_token_kl(
     prompts: list[Messages],
     answers: list[str],
     *,
+    layers: list[GuardedLayer] | None = None,
     batch_size: int = 32,
 ) -> Tensor:
     """
@@ -326,6 +345,8 @@ def first_token_kl(
             Conversations or plain texts.
         answers (`list[str]`):
             Greedy answers of the base model.
+        layers (`list[GuardedLayer]`, *optional*):
+            Layers with their references, of a continued adapter; its start then is the base.
         batch_size (`int`, *optional*, defaults to `32`):
             Prompts per forward pass.
 
@@ -339,13 +360,14 @@ def first_token_kl(
         rows.append(AlignmentRow(prompt_ids + (answer_ids or [tokenizer.eos_token_id]), len(prompt_ids)))
     kl = torch.zeros(len(rows))
     with evaluating(model):
-        for batch in batches(rows, batch_size, tokenizer.pad_token_id, model.device):
+        for batch in batches(rows, batch_size, pad_token_id(tokenizer), model.device):
             inputs = dict(input_ids=batch.input_ids, attention_mask=batch.attention_mask, use_cache=False)
-            with model.disable_adapter():
-                base = model(**inputs).logits.float().log_softmax(-1)
-            tuned = model(**inputs).logits.float().log_softmax(-1)
-            per_token = (base.exp() * (base - tuned)).sum(-1)
-            kl[batch.indices] = ((per_token * batch.answer_mask).sum(1) / batch.answer_mask.sum(1)).cpu()
+            with at_reference(model, layers or guarded_layers(model)):
+                base = model(**inputs).logits[batch.answer_mask].float().log_softmax(-1)
+            tuned = model(**inputs).logits[batch.answer_mask].float().log_softmax(-1)
+            per_token = (base.exp() * (base - tuned)).sum(-1).cpu()
+            counts = batch.answer_mask.sum(1).tolist()
+            kl[batch.indices] = torch.stack([part.mean() for part in per_token.split(counts)])
     return kl
 
 

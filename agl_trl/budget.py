@@ -51,8 +51,9 @@ class DriftBudget:
         """
         excess = drift / self.budget - 1
         self.multiplier.add_(DUAL_RATE * excess).clamp_(min=0)
-        # A hair below one, so that rounding of B in its own precision can't end above the budget.
-        shrink = (self.budget / drift.clamp_min(torch.finfo(drift.dtype).tiny)).sqrt().mul(1 - 1e-4).clamp(max=1.0)
-        shrink = torch.where(drift > self.budget, shrink, torch.ones_like(shrink))
+        shrink = (self.budget / drift.clamp_min(torch.finfo(drift.dtype).tiny)).sqrt()
         for B in Bs:
-            B.mul_(shrink.to(B.device, B.dtype))
+            # Rounded down in the precision of B, and two steps more, so that rounding can't end above the budget.
+            factor = (shrink * (1 - 2 * torch.finfo(B.dtype).eps)).to(B.device, B.dtype)
+            factor = torch.nextafter(factor, torch.zeros_like(factor))
+            B.mul_(torch.where(drift.to(B.device) > self.budget, factor, torch.ones_like(factor)))

@@ -141,6 +141,7 @@ def _quiet() -> None:
 
 
 def _load_model(name: str) -> "tuple[PreTrainedModel, PreTrainedTokenizerBase]":
+    from accelerate import PartialState
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     if name == "miniworld":
@@ -148,7 +149,8 @@ def _load_model(name: str) -> "tuple[PreTrainedModel, PreTrainedTokenizerBase]":
 
         return load_model(), load_tokenizer()
     try:
-        return AutoModelForCausalLM.from_pretrained(name), AutoTokenizer.from_pretrained(name)
+        model = AutoModelForCausalLM.from_pretrained(name).to(PartialState().device)
+        return model, AutoTokenizer.from_pretrained(name)
     except (OSError, ValueError) as error:
         raise ValueError(f"Can't load the model '{name}': {str(error).splitlines()[0].rstrip('.')}.") from error
 

@@ -14,7 +14,9 @@ from .decomposition import Update, inner
 from .penalty import LayerMetric
 
 
-BLOCK_ELEMENTS = 2**20  # of every dense row block: a few of them fit a processor cache
+# Elements of a dense row block: on a CPU a few of them fit its cache, on an accelerator they fill it.
+BLOCK_ELEMENTS = {"cpu": 2**20}
+ACCELERATOR_BLOCK_ELEMENTS = 2**26
 GEODESIC_EPSILON = 1e-8
 
 
@@ -69,7 +71,7 @@ def riemannian_overlap(
 
         Σ_ij η_ij |ΔW_A ∘ ΔW_T|_ij / ‖W‖²_Frob,    η_ij = 1 + β · σ((|W + ΔW|_ij / rms(W) − τ) / T).
 
-    The only term that needs dense entries: made by row blocks of at most `BLOCK_ELEMENTS`, recomputed in the backward pass,
+    The only term that needs dense entries: made by row blocks, recomputed in the backward pass,
     or estimated from a sample of rows, times `d_out / len(rows)`, which is unbiased for uniformly drawn rows.
 
     Args:
@@ -98,8 +100,9 @@ def riemannian_overlap(
     tensors = (*update, *aligned, *task)
     if rows is not None:
         return block(rows, *tensors) * (d_out / len(rows)) / weights.squared_norm
-    size = max(1, BLOCK_ELEMENTS // (len(weights.rows) * d_in))
+    elements = BLOCK_ELEMENTS.get(update.A.device.type, ACCELERATOR_BLOCK_ELEMENTS)
+    size = max(1, elements // (len(weights.rows) * d_in))
     total = torch.zeros_like(weights.rms)
     for chosen in torch.arange(d_out, device=update.A.device).split(size):
-        total = total + checkpoint(block, chosen, *tensors, use_reentrant=False)
+        total = total + checkpoint(block, chosen, *tensors, use_reentrant=False, preserve_rng_state=False)
     return total / weights.squared_norm

@@ -51,7 +51,8 @@ class AGLConfigMixin(_Parent):
         variant (`str`, *optional*, defaults to `"kfac"`):
             `"kfac"` is the form described here; `"paper"` the published one with its published constants, as far as known.
         drift_budget (`float`, *optional*):
-            Largest mean relative drift the adapter may reach; kept after every step.
+            Largest mean relative drift the adapter may reach; kept after every step (of a continued adapter, which can't be scaled
+            back to its start within its rank, by the multiplier alone and so not exactly).
         anchor_coef (`float`, *optional*, defaults to `0.0`):
             Weight of the KL to the reference model on alignment rows, for training data that itself teaches to comply.
         anchor_every (`int`, *optional*, defaults to `4`):
@@ -127,7 +128,10 @@ class AGLConfigMixin(_Parent):
     )
     drift_budget: float | None = field(
         default=None,
-        metadata={"help": "Largest mean relative drift the adapter may reach; kept after every step."},
+        metadata={
+            "help": "Largest mean relative drift the adapter may reach; kept after every step (of a continued adapter by the "
+            "multiplier alone, and so not exactly)."
+        },
     )
     anchor_coef: float = field(
         default=0.0,
@@ -215,7 +219,7 @@ class AGLConfigMixin(_Parent):
     def agl_enabled(self) -> bool:
         """Whether anything of AGL is on; if not, the trainer is its TRL parent."""
         coefficients = (self.alignment_coef, self.task_coef or 0, self.collision_coef, self.anchor_coef)
-        return any(c > 0 for c in coefficients) or self.drift_budget is not None
+        return any(c > 0 for c in coefficients) or self.drift_budget is not None or self.variant == "paper"
 
 
 @dataclass

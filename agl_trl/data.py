@@ -84,7 +84,12 @@ def select_rows(
 
     Raises:
         `ValueError`: If no row is left.
+        `TypeError`: If several splits are given.
     """
+    if isinstance(dataset, dict):
+        raise TypeError(
+            f"The alignment dataset has the splits {', '.join(dataset)}: pass one of them, such as `dataset['train']`."
+        )
     if not isinstance(dataset, IterableDataset):
         dataset = dataset if isinstance(dataset, Dataset) else Dataset.from_list(list(dataset))
         if PROTECTED_COLUMN in dataset.column_names:
@@ -104,7 +109,12 @@ def select_rows(
 
 def is_prompt_only(row: dict[str, Any]) -> bool:
     """Whether a row has a prompt and no answer, so that the reference model must give one."""
-    return "prompt" in row and "completion" not in row and "chosen" not in row
+    return "prompt" in row and not row.keys() & {"completion", "chosen", "messages", "text", "input_ids"}
+
+
+def pad_token_id(tokenizer: PreTrainedTokenizerBase) -> int:
+    """Padding token; of a tokenizer without one the end-of-sequence token, which the attention mask hides."""
+    return tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
 
 
 def tokenize_row(

@@ -26,7 +26,8 @@ def critical_mask(metric: LayerMetric, fisher_energy: float) -> Tensor:
     Which eigenpair products `(u_i of G_δ) ⊗ (v_j of X)` span the alignment-critical subspace `P_A`: those with the largest
     `μ_i λ_j`, in descending order until they hold `fisher_energy` of `tr 𝓕 = tr G_δ · tr X` (AlignGuard-LoRA, sec. 4.1).
 
-    The isotropic remainder of either side counts as one eigenspace with its multiplicity.
+    A remainder is never part of it: where the kept eigenpairs hold less than `fisher_energy`, all of them are taken and the
+    subspace stops there, instead of swallowing the whole space.
 
     Args:
         metric (`LayerMetric`):
@@ -46,7 +47,12 @@ def critical_mask(metric: LayerMetric, fisher_energy: float) -> Tensor:
     before = traces[order].cumsum(0) - traces[order]
     mask = torch.zeros_like(products)
     mask[order[before < fisher_energy * traces.sum()]] = 1.0
-    return mask.reshape(len(mu), len(eigenvalues))
+    mask = mask.reshape(len(mu), len(eigenvalues))
+    if metric.input.eigenvalues.shape[-1] < metric.input.dim:
+        mask[:, -1] = 0.0
+    if metric.output is not None and metric.output.eigenvalues.shape[-1] < metric.output.dim:
+        mask[-1, :] = 0.0
+    return mask
 
 
 def _spectrum(covariance: LowRankCovariance | None, like: Tensor) -> tuple[Tensor, Tensor]:

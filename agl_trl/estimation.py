@@ -16,7 +16,15 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from .behaviour import answered_by, evaluating
-from .data import AlignmentBatch, AlignmentRow, batches, is_prompt_only, select_rows, tokenize_row
+from .data import (
+    AlignmentBatch,
+    AlignmentRow,
+    batches,
+    is_prompt_only,
+    pad_token_id,
+    select_rows,
+    tokenize_row,
+)
 from .fisher import FisherStatistics, describe_base
 from .lora import layer_shape, linear_layers
 from .sketch import CovarianceSketch, LowRankCovariance, sketch_matrix
@@ -140,13 +148,14 @@ def _collect(model, layers, rows, tokenizer, fisher_type, gradients, rank, batch
             f"{len(rows)} alignment rows can't be shared by {state.num_processes} processes: give more rows."
         )
     device = next(model.parameters()).device
-    pad_token_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
     collector = _Collector(layers, rank, gradients, seed)
     bar = tqdm(
         total=len(rows), desc="Fisher statistics", unit="row", disable=not (progress and state.is_local_main_process)
     )
     with bar, evaluating(model), collector:
-        for batch in batches(rows, batch_size, pad_token_id, device, shard=(state.process_index, state.num_processes)):
+        for batch in batches(
+            rows, batch_size, pad_token_id(tokenizer), device, shard=(state.process_index, state.num_processes)
+        ):
             collector.begin(batch.token_mask.flatten())
             if gradients:
                 _backward(model, batch, fisher_type, seed)
@@ -196,8 +205,9 @@ class _Collector:
 
     def _on_forward(self, name: str, module: nn.Module, args: tuple, output: Tensor) -> None:
         x = args[0]
-        leader, _ = self._seen.setdefault(id(x), (name, x))
-        if self.input_of.setdefault(name, leader) == name:
+        if name not in self.input_of:  # in the first batch alone, so that no later one keeps its inputs alive
+            self.input_of[name], _ = self._seen.setdefault(id(x), (name, x))
+        if self.input_of[name] == name:
             self._update(self.inputs, name, x)
         if self.gradients:
             output.register_hook(partial(self._update, self.outputs, name))
@@ -224,6 +234,11 @@ class _Collector:
                 )
 
     def check(self) -> None:
+        for name, sketch in [*self.inputs.items(), *self.outputs.items()]:
+            if not torch.isfinite(sketch.sums).all():
+                raise ValueError(
+                    f"The statistics of layer '{name}' are not finite: its activations overflow; use bfloat16."
+                )
         for name in self.layers:
             covered = [self.inputs.get(self.input_of.get(name, ""))]
             if self.gradients:

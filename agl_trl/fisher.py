@@ -78,6 +78,11 @@ class FisherStatistics:
         for name, module in layers.items():
             weight = base_weight(module)
             norms[name] = dense_quadratic_form(weight, self.metric(name, weight.device)).sqrt().cpu()
+            if not (torch.isfinite(norms[name]) and norms[name] > 0):
+                raise ValueError(
+                    f"Layer '{name}' has the weight norm {norms[name]:.3g} in the Fisher metric, so that its drift has no scale: "
+                    "its weight or its input is zero or not finite; leave it out of `target_modules`."
+                )
         return norms
 
     def drift_of(self, layers: list[GuardedLayer]) -> RelativeDrift:
@@ -195,7 +200,7 @@ class FisherStatistics:
                     f"there and {list(layer_shape(module))} here."
                 )
         for name, norm in self.weight_norms(layers).items():
-            if abs(norm / self.weight_norm[name] - 1) > WEIGHT_NORM_TOLERANCE:
+            if not abs(norm / self.weight_norm[name] - 1) <= WEIGHT_NORM_TOLERANCE:  # also where it is not a number
                 raise ArtifactError(
                     f"The Fisher statistics are of other weights: the norm of layer '{name}' is {self.weight_norm[name]:.4g} there "
                     f"and {norm:.4g} here."

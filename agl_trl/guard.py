@@ -44,7 +44,9 @@ class Guard:
     ):
         self.layers, self.anchor, self.anchor_coef = layers, anchor, args.anchor_coef
         factors = self.factors()
-        self.drift = statistics.drift_of(layers)
+        # Where the objective does not give the drift itself, or gives it before the step alone.
+        separate = args.variant == "paper" or args.drift_budget is not None
+        self.drift = statistics.drift_of(layers) if separate else None
         self.objective: AlignGuardObjective | PaperObjective
         if args.variant == "paper":
             self.objective = PaperObjective([statistics.outputs[layer.name] for layer in layers], factors)
@@ -77,8 +79,9 @@ class Guard:
                 Number of the optimizer step, counted from 0.
         """
         factors = self.factors()
-        terms = self.objective(factors)
+        terms = self.objective(factors, step)
         if "relative_drift" not in terms:
+            assert self.drift is not None
             with torch.no_grad():
                 terms["relative_drift"] = self.drift(factors).mean()
         if self.budget is not None:
@@ -92,7 +95,7 @@ class Guard:
     @torch.no_grad()
     def after_step(self) -> None:
         """After the optimizer has moved the weights: hold the budget."""
-        if self.budget is not None:
+        if self.budget is not None and self.drift is not None:
             # A continued adapter can't be scaled back to where it started within its rank; the multiplier alone holds it.
             Bs = [layer.current.B for layer in self.layers if layer.reference is None]
             self.budget.after_step(self.drift(self.factors()).mean(), Bs)

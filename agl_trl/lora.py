@@ -61,7 +61,9 @@ class GuardedLayer:
         if self.reference is None:
             return self.current
         (A, B, s), (A0, B0, s0) = self.current, self.reference
-        return LoraFactors(torch.cat([A, A0.to(A)]), torch.cat([s * B, -s0 * B0.to(B)], 1), 1.0)
+        A, B, A0, B0 = A.float(), B.float(), A0.to(A.device, torch.float32), B0.to(B.device, torch.float32)
+        # s(B − B₀)A + B₀(sA − s₀A₀): the differences are taken between factors, where nothing large cancels.
+        return LoraFactors(torch.cat([A, s * A - s0 * A0]), torch.cat([s * (B - B0), B0], 1), 1.0)
 
     @torch.no_grad()
     def has_moved(self) -> bool:
@@ -111,6 +113,11 @@ def guarded_layers(model: PreTrainedModel | PeftModel) -> list[GuardedLayer]:
         raise ValueError(
             f"`init_lora_weights={config.init_lora_weights!r}` starts from another ΔW than zero or changes the base "
             "weight, so that 'adapter off' is not the aligned model: use the default init."
+        )
+    if config.bias != "none":
+        raise ValueError(
+            f"`LoraConfig(bias={config.bias!r})` trains biases of the base model, so that 'adapter off' is not the aligned model: "
+            "use `bias='none'`."
         )
     layers = []
     for name, module in model.get_base_model().named_modules():
@@ -164,7 +171,7 @@ def _assign(layer: GuardedLayer, factors: LoraFactors | None) -> None:
 
 def trained_outside_lora(model: PeftModel) -> list[str]:
     """Names of trainable parameters that belong to no guarded layer, such as those of `modules_to_save`."""
-    guarded = {id(p) for layer in guarded_layers(model) for p in layer.module.parameters()}
+    guarded = {id(p) for layer in guarded_layers(model) for p in layer.current[:2]}
     return [name for name, p in model.named_parameters() if p.requires_grad and id(p) not in guarded]
 
 
@@ -195,9 +202,14 @@ def layer_shape(module: nn.Module) -> tuple[int, int]:
 def base_weight(module: nn.Module) -> Tensor:
     """Frozen weight `W` of shape `(d_out, d_in)`, float32; a quantised one is dequantised."""
     base: Any = module.get_base_layer() if isinstance(module, LoraLayer) else module
-    weight = dequantize_module_weight(base) if base.weight.dtype in (torch.uint8, torch.int8) else base.weight
-    weight = weight.detach().float()
-    return weight.mT if isinstance(base, Conv1D) else weight
+    weight = dequantize_module_weight(base).detach().float()  # as it is where it is not quantised
+    weight = weight.mT if isinstance(base, Conv1D) else weight
+    if tuple(weight.shape) != layer_shape(module):
+        raise ValueError(
+            f"The weight of a layer of class {type(base).__name__} can't be read: it has shape {tuple(weight.shape)} where "
+            f"{layer_shape(module)} was expected; this quantisation is not supported."
+        )
+    return weight
 
 
 def frozen_weights(layers: list[GuardedLayer]) -> FrozenWeights:
@@ -215,6 +227,6 @@ def _weight_rows(module: LoraLayer, rows: Tensor) -> Tensor:
     base: Any = module.get_base_layer()
     if isinstance(base, Conv1D):
         return base.weight.detach()[:, rows].mT.float()
-    if base.weight.dtype in (torch.uint8, torch.int8):
-        return base_weight(module)[rows]
-    return base.weight.detach()[rows].float()
+    if base.weight.is_floating_point() and base.weight.shape == layer_shape(module):
+        return base.weight.detach()[rows].float()
+    return base_weight(module)[rows]

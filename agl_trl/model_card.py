@@ -17,9 +17,12 @@ def evidence_section(report: DriftReport) -> str:
     """The Markdown section on one drift report."""
     template = files("agl_trl.model_cards").joinpath("evidence.md.jinja").read_text(encoding="utf-8")
     environment = Environment(undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True, autoescape=False)
-    coefficients = ", ".join(f"{k} {v}" for k, v in report.metadata.get("coefficients", {}).items() if v is not None)
+    settings = report.metadata.get("coefficients", {})
     return environment.from_string(template).render(
-        report=report, behaviour=report.behaviour, coefficients=coefficients
+        report=report,
+        behaviour=report.behaviour,
+        coefficients=", ".join(f"{name} {value}" for name, value in settings.items() if value is not None),
+        budget=settings.get("drift_budget"),
     )
 
 

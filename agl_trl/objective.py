@@ -119,7 +119,7 @@ class AlignGuardObjective:
         self.coefficients = coefficients
         self.num_layers = len(factors)
         self.device = factors[0].A.device
-        self.generator = torch.Generator().manual_seed(seed)
+        self.seed = seed
         self.stacks = []
         for group in grouped(metrics, factors, task_metrics):
             device = group.scaling.device
@@ -140,9 +140,15 @@ class AlignGuardObjective:
                 )
             self.stacks.append(_Stack(group, masks, task_metric, task_masks, frozen))
 
-    def __call__(self, factors: Sequence[LoraFactors]) -> dict[str, Tensor]:
+    def __call__(self, factors: Sequence[LoraFactors], step: int = 0) -> dict[str, Tensor]:
         """
         Terms of the objective, as means over layers: scalars in float32 on the device of the first layer.
+
+        Args:
+            factors (`Sequence[LoraFactors]`):
+                Current factors.
+            step (`int`, *optional*, defaults to `0`):
+                Number of the optimizer step, which decides the sampled rows, so that a resumed run draws the same.
 
         Returns:
             `dict[str, Tensor]`: `relative_drift` (complete form), `penalty` (their weighted sum), and where they are computed
@@ -150,7 +156,7 @@ class AlignGuardObjective:
         """
         sums: dict[str, Tensor] = {}
         for stack in self.stacks:
-            for name, values in self._terms(stack, factors).items():
+            for name, values in self._terms(stack, factors, step).items():
                 total = values.sum().to(self.device)
                 sums[name] = sums[name] + total if name in sums else total
         terms = {name: total / self.num_layers for name, total in sums.items()}
@@ -169,7 +175,7 @@ class AlignGuardObjective:
     def _zero(self) -> Tensor:
         return torch.zeros((), device=self.device)
 
-    def _terms(self, stack: "_Stack", factors: Sequence[LoraFactors]) -> dict[str, Tensor]:
+    def _terms(self, stack: "_Stack", factors: Sequence[LoraFactors], step: int) -> dict[str, Tensor]:
         """Terms per layer of one stack, each of shape `(layers,)`."""
         group, masks, task_metric, task_masks, frozen = stack
         c, metric = self.coefficients, group.metric
@@ -201,7 +207,7 @@ class AlignGuardObjective:
                 beta=c.beta,
                 threshold=c.threshold,
                 width=c.width,
-                rows=self._sample(update.B.shape[-2], update.B.device),
+                rows=self._sample(update.B.shape[-2], step, update.B.device),
             )
         if c.needs_geodesic:
             terms["geodesic"] = geodesic_separation(aligned, task, metric)
@@ -210,18 +216,20 @@ class AlignGuardObjective:
     def _task(self, task: Update, metric: LayerMetric, masks: Tensor, task_metric: LayerMetric | None) -> Tensor:
         """`‖ΔW_T‖²_H`, of shape `(layers,)`."""
         if self.coefficients.task_metric == "rest":
-            outside = subtract(task, project(task, metric, masks))
+            whole = self.coefficients.task_subspace == "complement"  # already outside
+            outside = task if whole else subtract(task, project(task, metric, masks))
             return inner(outside, outside, metric)
         if self.coefficients.task_metric == "identity":
             return inner(task, task) * metric.mean_eigenvalue()
         assert task_metric is not None
         return inner(task, task, task_metric)
 
-    def _sample(self, d_out: int, device: torch.device) -> Tensor | None:
+    def _sample(self, d_out: int, step: int, device: torch.device) -> Tensor | None:
         rows = self.coefficients.rows
         if rows is None or rows >= d_out:
             return None
-        return torch.randperm(d_out, generator=self.generator)[:rows].to(device, non_blocking=True)
+        generator = torch.Generator().manual_seed(self.seed * 1_000_003 + step)
+        return torch.randperm(d_out, generator=generator)[:rows].to(device, non_blocking=True)
 
 
 def _masks(metrics: list[LayerMetric], fisher_energy: float, device: torch.device) -> Tensor:

@@ -38,7 +38,7 @@ class PaperObjective:
     def __init__(self, outputs: Sequence[LowRankCovariance], factors: Sequence[LoraFactors]):
         self.outputs = [G.to(f.A.device, torch.float32) for G, f in zip(outputs, factors, strict=True)]
 
-    def __call__(self, factors: Sequence[LoraFactors]) -> dict[str, Tensor]:
+    def __call__(self, factors: Sequence[LoraFactors], step: int = 0) -> dict[str, Tensor]:
         """Terms, summed over layers, and their weighted sum `penalty`."""
         layers = [self._terms(factor, G) for factor, G in zip(factors, self.outputs, strict=True)]
         device = layers[0]["alignment"].device

@@ -140,7 +140,7 @@ class CovarianceSketch:
         float64.
         """
         count = self.count.item()
-        sums = self.sums.double().cpu() / count
+        sums = self.sums.cpu().double() / count
         dim = sums.shape[0]
         rank = min(rank, dim)
         if self.omega is None:
@@ -148,8 +148,8 @@ class CovarianceSketch:
             eigenvalues, eigenvectors = eigenvalues.flip(-1).clamp_min(0), eigenvectors.flip(-1)
             dropped = eigenvalues[rank:].sum()
         else:
-            eigenvalues, eigenvectors = _nystrom(sums, self.omega.double().cpu())
-            dropped = (self.trace.double().cpu() / count - eigenvalues[:rank].sum()).clamp_min(0)
+            eigenvalues, eigenvectors = _nystrom(sums, self.omega.cpu().double())
+            dropped = (self.trace.cpu().double() / count - eigenvalues[:rank].sum()).clamp_min(0)
         remainder = dropped / max(dim - rank, 1)
         return LowRankCovariance(
             eigenvectors[:, :rank].float().contiguous(), eigenvalues[:rank].float(), remainder.float()

@@ -11,6 +11,7 @@ from datasets import Dataset, IterableDataset
 from peft import PeftConfig, PeftModel
 from torch.utils.hooks import RemovableHandle
 from transformers import PreTrainedModel, TrainingArguments
+from transformers.trainer_utils import HubStrategy
 from trl import SFTTrainer
 from trl.models.activation_offloading import NoOpManager
 
@@ -25,9 +26,9 @@ from .artifacts import (
     sha256,
     write_atomically,
 )
-from .behaviour import answered_by, measure_behaviour
+from .behaviour import Behaviour, answered_by, measure_behaviour
 from .config import AGLConfigMixin, AGLSFTConfig
-from .data import is_prompt_only, select_rows, tokenize_row
+from .data import is_prompt_only, pad_token_id, select_rows, tokenize_row
 from .drift import DriftReport
 from .estimation import estimate_fisher
 from .fisher import FisherStatistics
@@ -35,7 +36,7 @@ from .guard import Guard, coefficients_of
 from .lora import GuardedLayer, at_reference, guarded_layers, linear_layers, trained_outside_lora
 from .model_card import add_evidence
 from .plots import plot_drift
-from .reference import load_reference, save_reference
+from .reference import REFERENCE_FILE, load_reference, save_reference
 
 
 logger = get_logger(__name__)
@@ -74,6 +75,8 @@ class _AlignGuardMixin(_Parent):
         self._guarded: list[GuardedLayer] = []
         self._guard: Guard | None = None
         self._budget_hook: RemovableHandle | None = None
+        self._best_step: int | None = None  # of the weights that `load_best_model_at_end` put back
+        self._measured: tuple[int, Behaviour] | None = None  # step and answers of the last report with prompts
         if args.agl_enabled:
             self._start_guard()
 
@@ -105,11 +108,16 @@ class _AlignGuardMixin(_Parent):
         else:
             (row,) = select_rows(self.alignment_dataset, 1, self.args.seed)
             if not is_prompt_only(row):
-                tokenize_row(row, self.processing_class, self.args.max_length)
+                tokenize_row(row, self._tokenizer, self.args.max_length)
         self.model.add_model_tags(self._AGL_TAG)
 
     def _use(self, statistics: FisherStatistics) -> None:
         statistics.check_fits(self.model, linear_layers(self.model))
+        if self.args.variant == "paper" and not statistics.outputs:
+            raise ArtifactError(
+                "`variant='paper'` projects on the output side, which these Fisher statistics do not hold: estimate them with "
+                "damping 0 and type `empirical`."
+            )
         self.statistics = statistics
 
     def _prepare_for_training(self, max_steps, train_dataloader, resume_from_checkpoint):
@@ -118,8 +126,7 @@ class _AlignGuardMixin(_Parent):
             multiplier = 0.0
             if resume_from_checkpoint is not None:
                 self._use(self._checkpoint_statistics(resume_from_checkpoint))
-                self._guarded = load_reference(resume_from_checkpoint, guarded_layers(self.model))
-                multiplier = DriftReport.from_pretrained(resume_from_checkpoint).budget_multiplier or 0.0
+                self._guarded, multiplier = self._checkpoint_state(resume_from_checkpoint)
             elif self.statistics is None:
                 self.statistics = self._estimate(self.alignment_dataset)
             if self._guard is None or resume_from_checkpoint is not None:  # not again when the batch size is lowered
@@ -137,7 +144,7 @@ class _AlignGuardMixin(_Parent):
         anchor, task_statistics = None, None
         with at_reference(self.model, self._guarded):  # also when the run is resumed
             if self.args.variant == "kfac" and coefficients_of(self.args).needs_task_fisher:
-                task_statistics = self._estimate(self.train_dataset)
+                task_statistics = self._estimate(self.train_dataset.select_columns(["input_ids", "labels"]))
             if self.args.anchor_coef > 0:
                 anchor = self._build_anchor()
         assert self.statistics is not None
@@ -146,15 +153,29 @@ class _AlignGuardMixin(_Parent):
     def _build_anchor(self) -> Anchor:
         rows = select_rows(self.alignment_dataset, self.args.fisher_num_samples, self.args.seed)
         if is_prompt_only(rows[0]):
-            rows = answered_by(self.model, self.processing_class, rows, not self.args.disable_tqdm)
+            rows = answered_by(self.model, self._tokenizer, rows, not self.args.disable_tqdm)
         return Anchor(
             self.model,
-            [tokenize_row(row, self.processing_class, self.args.max_length) for row in rows],
-            self.processing_class.pad_token_id,
+            [tokenize_row(row, self._tokenizer, self.args.max_length) for row in rows],
+            pad_token_id(self._tokenizer),
             self.args.anchor_every,
             self.args.anchor_batch_size,
             self.args.seed,
         )
+
+    def _checkpoint_state(self, checkpoint: str) -> tuple[list[GuardedLayer], float]:
+        """Layers with the references they started from, and the budget's multiplier; of a checkpoint of plain TRL, none."""
+        layers = load_reference(checkpoint, guarded_layers(self.model))
+        try:
+            report = DriftReport.from_pretrained(find_artifact(checkpoint, DRIFT_FILE))
+        except ArtifactError:
+            return layers, 0.0
+        if report.metadata.get("continued") and layers[0].reference is None:
+            raise ArtifactError(
+                f"Checkpoint '{checkpoint}' is of a continued adapter, but '{FOLDER}/{REFERENCE_FILE}', where it started, is missing: "
+                "copy it from another checkpoint of the run."
+            )
+        return layers, report.budget_multiplier or 0.0
 
     def _checkpoint_statistics(self, checkpoint: str) -> FisherStatistics:
         try:
@@ -173,7 +194,7 @@ class _AlignGuardMixin(_Parent):
         return estimate_fisher(
             self.model,
             dataset,
-            self.processing_class,
+            self._tokenizer,
             fisher_type=args.fisher_type,
             damping=args.fisher_damping,
             rank=args.fisher_rank,
@@ -228,13 +249,21 @@ class _AlignGuardMixin(_Parent):
         logged = [entry for entry in self.state.log_history if "agl/relative_drift" in entry and "loss" in entry]
         keys = {"step": "step", "relative_drift": "agl/relative_drift", "penalty": "agl/penalty", "loss": "loss"}
         report.history = {name: torch.tensor([float(entry[key]) for entry in logged]) for name, key in keys.items()}
-        report.global_step = self.state.global_step
+        report.global_step = self.state.global_step if self._best_step is None else self._best_step
         report.metadata["coefficients"] = self._coefficients()
+        report.metadata["continued"] = self._guarded[0].reference is not None
         if self._guard is not None and self._guard.budget is not None:
             report.budget_multiplier = self._guard.budget.multiplier.item()
         if prompts is not None:
-            report.behaviour = measure_behaviour(self.model, self.processing_class, prompts, **kwargs)
+            report.behaviour = measure_behaviour(self.model, self._tokenizer, prompts, layers=self._guarded, **kwargs)
+            self._measured = report.global_step, report.behaviour
+        elif self._measured is not None and self._measured[0] == report.global_step:
+            report.behaviour = self._measured[1]  # answers of these very weights, so that a push keeps them
         return report
+
+    def _load_best_model(self) -> None:
+        super()._load_best_model()
+        self._best_step = self.state.best_global_step
 
     def _coefficients(self) -> dict[str, Any]:
         """What was switched on, for the metadata."""
@@ -263,15 +292,19 @@ class _AlignGuardMixin(_Parent):
         """Write statistics, report and picture next to the adapter in a folder."""
         assert self.statistics is not None, "evidence exists once training has started"
         folder = Path(folder)
-        report.adapter_sha256 = sha256(folder / "adapter_model.safetensors")
+        name = self._guarded[0].adapter  # PEFT saves any other than the default one in a folder of its name
+        report.adapter_sha256 = sha256(folder / ("" if name == "default" else name) / "adapter_model.safetensors")
         self.statistics.save_pretrained(folder)
         save_reference(folder, self._guarded)
         report.save_pretrained(folder)
         plot_drift(report, folder / FOLDER / PICTURE_FILE)
 
     def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
-        # The parent copies only weights and config into the folder it uploads; the evidence must describe those.
-        if self.statistics is not None and self.args.should_save:
+        # The parent copies only weights and config into the folder it uploads; the evidence must describe those. Where the
+        # parent will not push, the folder stays as it is.
+        waits = self.push_in_progress is not None and not self.push_in_progress.is_done()
+        skipped = self.args.hub_strategy == HubStrategy.END or (waits and not self.args.hub_always_push)
+        if self.statistics is not None and self.is_world_process_zero() and not skipped:
             for name in (FISHER_FILE, DRIFT_FILE, PICTURE_FILE):
                 write_atomically(
                     Path(self.args.output_dir) / FOLDER / name, (Path(checkpoint_folder) / FOLDER / name).read_bytes()
@@ -295,6 +328,10 @@ def _check_arguments(
     alignment_dataset: Dataset | IterableDataset | Sequence[dict[str, Any]] | None,
 ) -> None:
     """What can be told before the model is loaded and the dataset prepared: first of all, whether results can be kept."""
+    if args.fsdp or args.deepspeed:
+        raise ValueError(
+            "AGL does not run under FSDP or DeepSpeed yet; use one process or DDP, or set `alignment_coef=0`."
+        )
     if args.should_save:
         probe = Path(args.output_dir) / FOLDER / "writable"
         write_atomically(probe, b"")

@@ -34,7 +34,10 @@ def damped(G: Tensor, damping: float) -> Tensor:
 
 
 def projected(delta: Tensor, X: LowRankCovariance, G: LowRankCovariance | None, energy: float) -> Tensor:
-    """`P_A(ΔW)` by brute force over full eigenbases: the eigenpair products that hold the first `energy` of `tr 𝓕`."""
+    """
+    `P_A(ΔW)` by brute force over full eigenbases: the eigenpair products that hold the first `energy` of `tr 𝓕`, of those
+    in the kept eigenspaces.
+    """
     mu, U = (
         torch.linalg.eigh(dense(G))
         if G is not None
@@ -43,7 +46,10 @@ def projected(delta: Tensor, X: LowRankCovariance, G: LowRankCovariance | None, 
     lam, V = torch.linalg.eigh(dense(X))
     products = mu[:, None] * lam[None, :]
     coefficients = U.T @ delta @ V
-    threshold = products.flatten().sort(descending=True).values
-    cumulative = threshold.cumsum(0) - threshold
-    smallest = threshold[cumulative < energy * products.sum() * (1 - 1e-12)][-1]
-    return U @ torch.where(products >= smallest * (1 - 1e-9), coefficients, 0) @ V.T
+    descending = products.flatten().sort(descending=True).values
+    before = descending.cumsum(0) - descending
+    smallest = descending[before < energy * products.sum() * (1 - 1e-12)][-1]
+    kept = torch.zeros_like(products, dtype=torch.bool)
+    # eigh is ascending: the kept eigenpairs come last, the remainder, of equal eigenvalues, before them.
+    kept[-(G.eigenvalues.shape[0] if G is not None else len(mu)) :, -X.eigenvalues.shape[0] :] = True
+    return U @ torch.where(kept & (products >= smallest * (1 - 1e-9)), coefficients, 0) @ V.T

@@ -183,6 +183,7 @@ def test_continued_adapter_is_measured_from_where_it_started(tmp_path, tokenizer
 
 def test_budget_and_anchor_resume_bit_identical(tmp_path, tokenizer, train_rows, alignment_rows):
     kwargs = dict(
+        collision_rows=8,
         drift_budget=1e-4,
         anchor_coef=0.5,
         anchor_every=2,

@@ -199,7 +199,7 @@ def test_overlap_by_blocks_and_sampled_rows(monkeypatch):
     shape = dict(beta=4.0, threshold=1.0, width=0.25)
     whole = riemannian_overlap(update, aligned, task, one, **shape)
     (gradient,) = torch.autograd.grad(whole, factors[0].B, retain_graph=True)
-    monkeypatch.setattr(collision, "BLOCK_ELEMENTS", 40)
+    monkeypatch.setattr(collision, "BLOCK_ELEMENTS", {"cpu": 40})
     blocks = riemannian_overlap(update, aligned, task, one, **shape)
     torch.testing.assert_close(blocks, whole)
     torch.testing.assert_close(torch.autograd.grad(blocks, factors[0].B, retain_graph=True)[0], gradient)

@@ -4,7 +4,7 @@ import json
 
 import pytest
 import torch
-from datasets import Dataset
+from datasets import Dataset, DatasetDict
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file
 from transformers import TrainerCallback, TrainingArguments
@@ -276,6 +276,7 @@ def test_plain_arguments_become_protected_ones(given, extra, tmp_path, tokenizer
         (dict(peft_config=lora(init_lora_weights="pissa")), "init_lora_weights='pissa'"),
         (dict(peft_config=lora(target_modules=["embed_tokens", "q_proj"])), "guards linear layers only"),
         (dict(peft_config=lora(lora_bias=True)), "trains a LoRA bias"),
+        (dict(peft_config=lora(bias="all")), "trains biases of the base model"),
         (
             dict(
                 peft_config=lora(target_modules=["q_proj"], target_parameters=["mlp.up_proj.weight"], lora_dropout=0)
@@ -330,3 +331,71 @@ def test_statistics_of_another_model_name_the_difference(tmp_path, tokenizer, tr
     with torch.no_grad():
         nearly.model.layers[1].self_attn.q_proj.weight *= 1.01
     build(nearly)
+
+
+def test_several_splits_are_refused_by_name(tmp_path, tokenizer, train_rows, alignment_rows):
+    with pytest.raises(TypeError, match="has the splits train, test: pass one of them"):
+        agl_trainer(tmp_path, tokenizer, train_rows, DatasetDict(train=alignment_rows, test=alignment_rows))
+
+
+def test_layer_without_scale_is_named(tmp_path, tokenizer, train_rows, alignment_rows):
+    model = tiny_model()
+    with torch.no_grad():
+        model.model.layers[1].mlp.up_proj.weight.zero_()
+    trainer = agl_trainer(tmp_path, tokenizer, train_rows, alignment_rows, model=model)
+    with pytest.raises(ValueError, match=r"'model\.layers\.1\.mlp\.(up|down)_proj' has the weight norm 0"):
+        trainer.train()
+
+
+def test_best_model_is_reported_with_its_own_step(tmp_path, tokenizer, train_rows, alignment_rows):
+    class OneGoodStep(TrainerCallback):
+        def on_evaluate(self, args, state, control, metrics=None, **kwargs):
+            metrics["eval_loss"] = abs(state.global_step - 2.0)
+
+    kwargs = dict(
+        save_strategy="steps", eval_strategy="steps", save_steps=1, eval_steps=1, load_best_model_at_end=True
+    )
+    trainer = AGLSFTTrainer(
+        tiny_model(),
+        AGLSFTConfig(str(tmp_path), metric_for_best_model="eval_loss", greater_is_better=False, **COMMON | kwargs),
+        train_dataset=train_rows,
+        eval_dataset=train_rows,
+        processing_class=tokenizer,
+        peft_config=lora(),
+        alignment_dataset=alignment_rows,
+        callbacks=[OneGoodStep()],
+    )
+    trainer.train()
+    best = DriftReport.from_pretrained(tmp_path / f"checkpoint-{trainer.state.best_global_step}")
+    report = trainer.drift_report()
+    assert report.global_step == best.global_step == trainer.state.best_global_step
+    assert report.relative_drift.tolist() == best.relative_drift.tolist()
+
+
+def test_plain_checkpoint_goes_on_under_agl_from_saved_statistics(tmp_path, tokenizer, train_rows, alignment_rows):
+    """As the error for missing statistics advises: a run that began without AGL is continued with `fisher_path`."""
+    first = agl_trainer(tmp_path / "statistics", tokenizer, train_rows, alignment_rows, max_steps=1)
+    first.train()
+    first.save_model()
+    plain = SFTTrainer(
+        tiny_model(),
+        SFTConfig(str(tmp_path / "run"), **COMMON | dict(save_strategy="steps", save_steps=2)),
+        train_dataset=train_rows,
+        processing_class=tokenizer,
+        peft_config=lora(),
+    )
+    plain.train()
+    ours = agl_trainer(
+        tmp_path / "run", tokenizer, train_rows, None, fisher_path=str(tmp_path / "statistics"), drift_budget=1e-3
+    )
+    ours.train(resume_from_checkpoint=str(tmp_path / "run" / "checkpoint-2"))
+    assert 0 < ours.drift_report().mean_relative_drift <= 1e-3
+
+
+def test_answers_measured_once_stay_with_the_same_weights(tmp_path, tokenizer, train_rows, alignment_rows):
+    trainer = agl_trainer(tmp_path, tokenizer, train_rows, alignment_rows)
+    trainer.train()
+    report = trainer.drift_report(prompts=alignment_rows, max_new_tokens=3, progress=False)
+    trainer.save_model()
+    saved = DriftReport.from_pretrained(tmp_path)
+    assert torch.equal(saved.behaviour.kl_first_tokens, report.behaviour.kl_first_tokens)

@@ -79,8 +79,8 @@ def run_one(protocol: str, method: str, seed: int, steps: int, scratch: Path) ->
     test = task_dataset(task, "test")
     shutil.rmtree(scratch, ignore_errors=True)
     setting = Setting(scratch, seed, steps, tokenizer, task_dataset(task, hostile=hostile, seed=seed))
-    start = time.perf_counter()
     trainer = METHODS[method].make(setting)
+    start = time.perf_counter()
     trainer.train()
     seconds = time.perf_counter() - start
     _, run = evaluate(method, seed, trainer.model, tokenizer, prompts, test, progress=False)

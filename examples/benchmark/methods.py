@@ -126,7 +126,7 @@ def replay(coef: float = 0.2) -> Callable[[Setting], SFTTrainer]:
 class EWCTrainer(SFTTrainer):
     """
     Elastic weight consolidation on the LoRA factors: `λ Σ F_i (θ_i − θ_i⁰)²` with F the squared gradient of the alignment
-    rows' likelihood at the start, summed over batches. With B = 0 at the start only B has a gradient, so only B is held.
+    rows' likelihood at the start, row by row. With B = 0 at the start only B has a gradient, so only B is held.
     """
 
     coef = 1e4
@@ -136,7 +136,7 @@ class EWCTrainer(SFTTrainer):
         self.fisher = {n: torch.zeros_like(p) for n, p in self.start.items()}
         tokenized = [tokenize_row(row, self.processing_class) for row in rows]
         self.model.eval()
-        for batch in batches(tokenized, 8, self.processing_class.pad_token_id, self.model.device):
+        for batch in batches(tokenized, 1, self.processing_class.pad_token_id, self.model.device):
             logits = self.model(input_ids=batch.input_ids, attention_mask=batch.attention_mask).logits
             mask = batch.answer_mask[:, :-1]
             log_probs = logits[:, :-1].log_softmax(-1).gather(2, batch.input_ids[:, 1:, None]).squeeze(2)
