@@ -30,7 +30,7 @@ from .miniworld import (
     load_tokenizer,
     task_dataset,
 )
-from .model_card import add_evidence
+from .model_card import write_card
 from .plots import plot_drift
 from .trainer import AGLSFTTrainer
 
@@ -227,8 +227,8 @@ def _save(
     ours.save_model()
     ours.save_evidence(folder, report)
     plot_drift(report, folder / FOLDER / PICTURE_FILE, name="AGL", others={"plain LoRA": plain_report.behaviour})
-    ours.create_model_card(model_name="miniworld-agl", dataset_name=None)
-    add_evidence(folder / "README.md", report)
+    ours.create_model_card(model_name="miniworld-agl")
+    write_card(folder / "README.md", "miniworld-agl", report)
 
 
 def _as_json(runs: list[Run]) -> bytes:
@@ -253,7 +253,7 @@ def _table(runs: list[Run]) -> Table:
     """A line per model, narrow enough for 80 columns; with several seeds the median, and smallest and largest below it."""
     several = max(run.seed for run in runs) > 0
     caption = "median, smallest and largest over seeds" if several else None
-    table = Table(caption=caption, caption_justify="left", box=SIMPLE_HEAD, pad_edge=False, collapse_padding=True)
+    table = Table(caption=caption, caption_justify="left", box=SIMPLE_HEAD, padding=0)
     table.add_column("model", no_wrap=True)
     for title, _ in COLUMNS.values():
         table.add_column(title, justify="right", no_wrap=True)

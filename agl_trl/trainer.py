@@ -34,7 +34,7 @@ from .estimation import estimate_fisher
 from .fisher import FisherStatistics
 from .guard import Guard, coefficients_of
 from .lora import GuardedLayer, at_reference, guarded_layers, linear_layers, trained_outside_lora
-from .model_card import add_evidence
+from .model_card import write_card
 from .plots import plot_drift
 from .reference import REFERENCE_FILE, load_reference, save_reference
 
@@ -318,7 +318,8 @@ class _AlignGuardMixin(_Parent):
         tags = {tags} if isinstance(tags, str) else set(tags or ())
         super().create_model_card(model_name, dataset_name, sorted(tags | {self._AGL_TAG}))
         if self.is_world_process_zero():
-            add_evidence(Path(self.args.output_dir) / "README.md", self.drift_report())
+            name = model_name or Path(self.args.output_dir).name
+            write_card(Path(self.args.output_dir) / "README.md", name, self.drift_report())
 
 
 def _check_arguments(

@@ -219,7 +219,10 @@ def test_saved_evidence_describes_the_saved_adapter(tmp_path, tokenizer, train_r
     assert len(fishers) == 1, "statistics are the same bytes in every save of a run"
     card = (tmp_path / "README.md").read_text()
     assert "library_name: peft" in card and "## Measured drift" in card and "alignguard-lora" in card
-    assert "licence: license" not in card and str(tmp_path) not in card
+    assert "licence: license" not in card and str(tmp_path) not in card and "None" not in card
+    assert "## Training procedure" in card and "2508.02079" in card
+    trainer.create_model_card()
+    assert (tmp_path / "README.md").read_text() == card, "the same card for the same adapter"
     config = json.loads((tmp_path / "adapter_config.json").read_text())
     assert config["peft_type"] == "LORA"
     assert not [p for p in tmp_path.rglob("*") if p.name.startswith(("_", "."))]
