@@ -6,49 +6,21 @@ A method is a function from a [`Setting`] to a trainer. Baselines that are not p
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
-from datasets import Dataset
 from peft import LoraConfig, get_peft_model
-from transformers import PreTrainedTokenizerBase, PrinterCallback
 from trl import SFTConfig, SFTTrainer
 
-from agl_trl import AGLSFTConfig, AGLSFTTrainer, FisherStatistics, estimate_fisher
+from agl_trl import AGLSFTConfig, AGLSFTTrainer, FisherStatistics
 from agl_trl.data import batches, select_rows, tokenize_row
-from agl_trl.demo import LORA, TRAINING
+from agl_trl.demo import LORA
 from agl_trl.lora import base_weight, linear_layers
 from agl_trl.miniworld import alignment_dataset, load_model
 from agl_trl.sketch import LowRankCovariance
 
-
-@dataclass
-class Setting:
-    """One run: where it writes, and what is the same for all methods."""
-
-    folder: Path
-    seed: int
-    steps: int
-    tokenizer: PreTrainedTokenizerBase
-    train: Dataset
-
-
-def common(setting: Setting, **changes: Any) -> dict[str, Any]:
-    return {**TRAINING, "output_dir": str(setting.folder), "seed": setting.seed, "max_steps": setting.steps, **changes}
-
-
-def build(trainer_class: type, args: SFTConfig, setting: Setting, **kwargs: Any) -> SFTTrainer:
-    trainer = trainer_class(
-        model=load_model(),
-        args=args,
-        train_dataset=setting.train,
-        processing_class=setting.tokenizer,
-        peft_config=LoraConfig(**LORA),
-        **kwargs,
-    )
-    trainer.remove_callback(PrinterCallback)
-    return trainer
+from .ideas import layer_importance, proximal, pseudo_replay
+from .setting import Setting, build, common, published_statistics
 
 
 def plain(**changes: Any) -> Callable[[Setting], SFTTrainer]:
@@ -66,12 +38,6 @@ def agl(**options: Any) -> Callable[[Setting], SFTTrainer]:
         return build(AGLSFTTrainer, AGLSFTConfig(**common(setting, fisher_path=str(path), **options)), setting)
 
     return make
-
-
-def published_statistics(folder: Path, tokenizer: PreTrainedTokenizerBase) -> Path:
-    model = get_peft_model(load_model(), LoraConfig(**LORA))
-    estimate_fisher(model, alignment_dataset(), tokenizer, progress=False).save_pretrained(folder / "published")
-    return folder / "published"
 
 
 def l2(coef: float) -> Callable[[Setting], SFTTrainer]:
@@ -218,6 +184,11 @@ METHODS = {
     "ewc-1e4": Method(ewc(1e4), "EWC", STATISTICS),
     "anchor": Method(agl(alignment_coef=0.3, anchor_coef=1.0, anchor_every=2), "AGL anchor", ROWS),
     "anchor-alone": Method(agl(alignment_coef=0.0, anchor_coef=1.0, anchor_every=2), "AGL anchor", ROWS),
+    "importance-3": Method(layer_importance(3.0), "layer importance", STATISTICS),
+    "proximal-10": Method(proximal(10.0), "proximal step", STATISTICS),
+    "pseudo-replay": Method(
+        pseudo_replay(alignment_coef=0.0, anchor_coef=1.0, anchor_every=2), "pseudo-replay", NOTHING
+    ),
     "replay": Method(replay(), "replay", ROWS),
     "replay-1": Method(replay(1.0), "replay", ROWS),
     "kl": Method(agl(alignment_coef=0.0, anchor_coef=1.0, anchor_every=1, anchor_batch_size=16), "KL", ROWS),

@@ -1,0 +1,48 @@
+"""What is the same for all methods of a comparison."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from datasets import Dataset
+from peft import LoraConfig, get_peft_model
+from transformers import PreTrainedTokenizerBase, PrinterCallback
+from trl import SFTConfig, SFTTrainer
+
+from agl_trl import estimate_fisher
+from agl_trl.demo import LORA, TRAINING
+from agl_trl.miniworld import alignment_dataset, load_model
+
+
+@dataclass
+class Setting:
+    """One run: where it writes, and what is the same for all methods."""
+
+    folder: Path
+    seed: int
+    steps: int
+    tokenizer: PreTrainedTokenizerBase
+    train: Dataset
+
+
+def common(setting: Setting, **changes: Any) -> dict[str, Any]:
+    return {**TRAINING, "output_dir": str(setting.folder), "seed": setting.seed, "max_steps": setting.steps, **changes}
+
+
+def build(trainer_class: type, args: SFTConfig, setting: Setting, **kwargs: Any) -> SFTTrainer:
+    trainer = trainer_class(
+        model=load_model(),
+        args=args,
+        train_dataset=setting.train,
+        processing_class=setting.tokenizer,
+        peft_config=LoraConfig(**LORA),
+        **kwargs,
+    )
+    trainer.remove_callback(PrinterCallback)
+    return trainer
+
+
+def published_statistics(folder: Path, tokenizer: PreTrainedTokenizerBase) -> Path:
+    model = get_peft_model(load_model(), LoraConfig(**LORA))
+    estimate_fisher(model, alignment_dataset(), tokenizer, progress=False).save_pretrained(folder / "published")
+    return folder / "published"
