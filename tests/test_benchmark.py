@@ -26,7 +26,11 @@ def trained(name: str, folder) -> dict[str, torch.Tensor]:
     return {n: p.detach() for n, p in trainer.model.named_parameters() if p.requires_grad}
 
 
-@pytest.mark.parametrize("name", ["lora", "agl-3", "all", "paper", "l2-10", "ewc-1e4", "anchor", "replay", "kl"])
+NAMES = ["lora", "agl-3", "all", "paper", "l2-10", "ewc-1e4", "anchor", "replay", "kl"]
+NAMES += ["importance-3", "proximal-10", "pseudo-replay"]
+
+
+@pytest.mark.parametrize("name", NAMES)
 def test_methods_train_and_differ_from_plain_lora(name, tmp_path, plain_weights):
     weights = trained(name, tmp_path)
     same = all(torch.equal(weights[n], p) for n, p in plain_weights.items())
