@@ -10,6 +10,7 @@ from .objective import TaskMetric, TaskSubspace
 
 
 Variant = Literal["kfac", "paper"]
+DEFAULT_ALIGNMENT_COEF = 3.0
 
 if TYPE_CHECKING:  # for the type checker the mixin extends the config it is mixed into
     from trl import SFTConfig as _Parent
@@ -24,8 +25,8 @@ class AGLConfigMixin(_Parent):
     (https://huggingface.co/papers/2508.02079).
 
     Parameters:
-        alignment_coef (`float`, *optional*, defaults to `3.0`):
-            Weight λ_A of the alignment penalty: mean over the adapted layers of ‖ΔW_A‖²_F / ‖W‖²_F in the Fisher metric of the
+        alignment_coef (`float`, *optional*):
+            `None` takes 3.0, or 0.0 where a `drift_budget` is set, which holds the drift by itself. Weight λ_A of the alignment penalty: mean over the adapted layers of ‖ΔW_A‖²_F / ‖W‖²_F in the Fisher metric of the
             alignment rows. With `task_coef` unset the complete form ‖ΔW‖²_F is penalised. `0.0`, with no budget, anchor or other
             coefficient, switches AGL off; the trainer is then exactly its TRL parent.
         task_coef (`float`, *optional*):
@@ -78,10 +79,10 @@ class AGLConfigMixin(_Parent):
             Rows per forward pass of the statistics.
     """
 
-    alignment_coef: float = field(
-        default=3.0,
+    alignment_coef: float | None = field(
+        default=None,
         metadata={
-            "help": "Weight lambda_A of the alignment penalty: mean over the adapted layers of |dW_A|^2 / |W|^2 in the Fisher "
+            "help": "`None` takes 3.0, or 0.0 where a `drift_budget` is set, which holds the drift by itself. Weight lambda_A of the alignment penalty: mean over the adapted layers of |dW_A|^2 / |W|^2 in the Fisher "
             "metric of the alignment rows. With `task_coef` unset the complete form |dW|^2 is penalised. `0.0`, with no budget, "
             "anchor or other coefficient, switches AGL off; the trainer is then exactly its TRL parent."
         },
@@ -180,6 +181,8 @@ class AGLConfigMixin(_Parent):
 
     def __post_init__(self):
         super().__post_init__()
+        if self.alignment_coef is None:
+            self.alignment_coef = DEFAULT_ALIGNMENT_COEF if self.drift_budget is None else 0.0
         for name in ("alignment_coef", "task_coef", "collision_coef", "anchor_coef"):
             value = getattr(self, name)
             if value is not None and value < 0:
@@ -218,7 +221,7 @@ class AGLConfigMixin(_Parent):
     @property
     def agl_enabled(self) -> bool:
         """Whether anything of AGL is on; if not, the trainer is its TRL parent."""
-        coefficients = (self.alignment_coef, self.task_coef or 0, self.collision_coef, self.anchor_coef)
+        coefficients = (self.alignment_coef or 0, self.task_coef or 0, self.collision_coef, self.anchor_coef)
         return any(c > 0 for c in coefficients) or self.drift_budget is not None or self.variant == "paper"
 
 

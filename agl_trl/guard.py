@@ -103,9 +103,10 @@ class Guard:
 
 def coefficients_of(args: AGLConfigMixin) -> Coefficients:
     """Coefficients of the objective as the arguments give them."""
+    alignment = args.alignment_coef or 0.0
     return Coefficients(
-        alignment=args.alignment_coef,
-        task=args.alignment_coef if args.task_coef is None else args.task_coef,
+        alignment=alignment,
+        task=alignment if args.task_coef is None else args.task_coef,
         task_metric=args.task_metric,
         task_subspace=args.task_subspace or "complement",
         collision=args.collision_coef,

@@ -46,7 +46,9 @@ def test_budget_is_kept_after_every_step(budget, coef, tmp_path, tokenizer, trai
 def test_budget_that_is_never_reached_changes_nothing(tmp_path, tokenizer, train_rows, alignment_rows):
     free = agl_trainer(tmp_path / "free", tokenizer, train_rows, alignment_rows)
     free.train()
-    budgeted = agl_trainer(tmp_path / "budget", tokenizer, train_rows, alignment_rows, drift_budget=1e3)
+    budgeted = agl_trainer(
+        tmp_path / "budget", tokenizer, train_rows, alignment_rows, drift_budget=1e3, alignment_coef=3.0
+    )
     budgeted.train()
     for (name, a), b in zip(adapter_of(free).items(), adapter_of(budgeted).values(), strict=True):
         assert torch.equal(a, b), name
