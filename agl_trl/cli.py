@@ -100,7 +100,7 @@ def drift(
 ) -> None:
     """Report how far an adapter has moved its base model: weights per layer, and answers where prompts are given."""
     from .artifacts import FOLDER, PICTURE_FILE, sha256
-    from .behaviour import measure_behaviour
+    from .comparison import measure_behaviour
     from .data import load_rows
     from .demo import heldout_prompts
     from .drift import DriftReport

@@ -18,7 +18,8 @@ from transformers import PreTrainedTokenizerBase, PrinterCallback, TrainerCallba
 from trl import SFTConfig, SFTTrainer
 
 from .artifacts import FOLDER, PICTURE_FILE, sha256, write_atomically
-from .behaviour import Answers, answer_nll, ask, compare, first_token_kl, generate_answers
+from .behaviour import answer_nll, generate_answers
+from .comparison import Answers, ask, compare, first_token_kl
 from .config import AGLSFTConfig
 from .drift import DriftReport
 from .miniworld import (

@@ -10,7 +10,7 @@ from peft import PeftModel
 from torch import Tensor
 
 from .artifacts import DRIFT_FILE, FOLDER, ArtifactError, find_artifact, load_tensors, save_tensors
-from .behaviour import Behaviour
+from .comparison import Behaviour
 from .decomposition import Update, critical_mask, inner, project
 from .fisher import FisherStatistics
 from .lora import GuardedLayer, guarded_layers

@@ -11,7 +11,7 @@ from matplotlib.colors import LogNorm
 from matplotlib.figure import Figure
 
 from .artifacts import write_atomically
-from .behaviour import Behaviour, Rate
+from .comparison import Behaviour, Rate
 from .drift import DriftReport
 
 

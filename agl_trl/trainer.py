@@ -26,7 +26,8 @@ from .artifacts import (
     sha256,
     write_atomically,
 )
-from .behaviour import Behaviour, answered_by, measure_behaviour
+from .behaviour import answered_by
+from .comparison import Behaviour, measure_behaviour
 from .config import AGLConfigMixin, AGLSFTConfig
 from .data import is_prompt_only, pad_token_id, select_rows, tokenize_row
 from .drift import DriftReport
@@ -36,6 +37,7 @@ from .guard import Guard, coefficients_of
 from .lora import GuardedLayer, at_reference, guarded_layers, linear_layers, trained_outside_lora
 from .model_card import write_card
 from .plots import plot_drift
+from .preflight import check_arguments
 from .reference import REFERENCE_FILE, load_reference, save_reference
 
 
@@ -68,7 +70,7 @@ class _AlignGuardMixin(_Parent):
     ):
         args = self._own_config(model, args)
         if args.agl_enabled:
-            _check_arguments(model, args, peft_config, alignment_dataset)
+            check_arguments(model, args, peft_config, alignment_dataset)
         super().__init__(model, args, *others, peft_config=peft_config, **kwargs)
         self.alignment_dataset = alignment_dataset
         self.statistics: FisherStatistics | None = None
@@ -320,37 +322,6 @@ class _AlignGuardMixin(_Parent):
         if self.is_world_process_zero():
             name = model_name or Path(self.args.output_dir).name
             write_card(Path(self.args.output_dir) / "README.md", name, self.drift_report())
-
-
-def _check_arguments(
-    model: str | PreTrainedModel | PeftModel,
-    args: AGLConfigMixin,
-    peft_config: PeftConfig | None,
-    alignment_dataset: Dataset | IterableDataset | Sequence[dict[str, Any]] | None,
-) -> None:
-    """What can be told before the model is loaded and the dataset prepared: first of all, whether results can be kept."""
-    if args.fsdp or args.deepspeed:
-        raise ValueError(
-            "AGL does not run under FSDP or DeepSpeed yet; use one process or DDP, or set `alignment_coef=0`."
-        )
-    if args.should_save:
-        probe = Path(args.output_dir) / FOLDER / "writable"
-        write_atomically(probe, b"")
-        probe.unlink()
-    if peft_config is None and not isinstance(model, PeftModel):
-        raise ValueError(
-            "AGL guards a LoRA adapter, but there is none: pass `peft_config=LoraConfig(...)`, or set `alignment_coef=0` (and no "
-            "budget, anchor or other coefficient)."
-        )
-    if alignment_dataset is None and args.anchor_coef > 0:
-        raise ValueError(
-            "`anchor_coef` needs rows to anchor on: pass `alignment_dataset=`; saved statistics hold none."
-        )
-    if alignment_dataset is None and args.fisher_path is None:
-        raise ValueError(
-            "Nothing says which behaviour to keep: pass `alignment_dataset=` (requests with the answers to keep), set `fisher_path` "
-            "to saved Fisher statistics, or set `alignment_coef=0` to train without protection."
-        )
 
 
 class AGLSFTTrainer(_AlignGuardMixin, SFTTrainer):

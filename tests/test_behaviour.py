@@ -5,7 +5,8 @@ import torch
 from datasets import Dataset
 from peft import LoraConfig, get_peft_model
 
-from agl_trl.behaviour import answer_nll, first_token_kl, generate_answers, measure_behaviour
+from agl_trl.behaviour import answer_nll, generate_answers
+from agl_trl.comparison import first_token_kl, measure_behaviour
 from agl_trl.lora import guarded_layers
 
 from .models import chat_rows, tiny_model
