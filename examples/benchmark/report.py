@@ -102,8 +102,8 @@ def curves(results: dict[tuple[str, str], list[dict]], protocols: list[str]) -> 
                 panel.set_title(protocol)
             else:
                 panel.set_yscale("log")
-    handles, labels = axes[0, 0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower center", ncols=4, fontsize=8)
+    shown = {label: line for panel in axes[0] for line, label in zip(*panel.get_legend_handles_labels(), strict=True)}
+    figure.legend(list(shown.values()), list(shown), loc="outside lower center", ncols=4, fontsize=8)
     return figure
 
 
