@@ -1,5 +1,6 @@
 """Model cards: what an adapter is, how far it moved, and what was asked of it."""
 
+from dataclasses import fields
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
@@ -9,6 +10,7 @@ from jinja2 import Environment, StrictUndefined
 
 from .artifacts import write_atomically
 from .drift import DriftReport
+from .objective import Coefficients
 
 
 # TRL's card from here on (run links, versions, citations) is kept; what it says before, our templates say.
@@ -36,10 +38,8 @@ def describe_settings(settings: dict[str, Any]) -> str:
     """The objective of a run in words, from the coefficients in its report."""
     if settings.get("variant") == "paper":
         return "the objective as published, as far as it is known"
-    plain = (
-        settings["task"] == settings["alignment"] and settings["collision"] == 0 and settings["task_metric"] == "rest"
-    )
-    if plain:
+    coefficients = Coefficients(**{field.name: settings[field.name] for field in fields(Coefficients)})
+    if coefficients.complete:
         parts = [f"alignment penalty λ_A = {settings['alignment']} on the complete Fisher quadratic form"]
     else:
         names = ("alignment", "task", "task_metric", "task_subspace", "collision", "alpha", "fisher_energy")

@@ -26,9 +26,7 @@ def check_arguments(
         `OSError`: If the output folder can't be written.
     """
     if args.fsdp or args.deepspeed:
-        raise ValueError(
-            "AGL does not run under FSDP or DeepSpeed yet; use one process or DDP, or set `alignment_coef=0`."
-        )
+        raise ValueError("AGL does not run under FSDP or DeepSpeed yet; use one process, or set `alignment_coef=0`.")
     if args.should_save:
         probe = Path(args.output_dir) / FOLDER / "writable"
         write_atomically(probe, b"")

@@ -125,7 +125,7 @@ class _AlignGuardMixin(_Parent):
     def _prepare_for_training(self, max_steps, train_dataloader, resume_from_checkpoint):
         prepared = super()._prepare_for_training(max_steps, train_dataloader, resume_from_checkpoint)
         if self.args.agl_enabled:
-            multiplier = 0.0
+            self._best_step, multiplier = None, 0.0
             if resume_from_checkpoint is not None:
                 self._use(self._checkpoint_statistics(resume_from_checkpoint))
                 self._guarded, multiplier = self._checkpoint_state(resume_from_checkpoint)
