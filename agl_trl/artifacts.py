@@ -157,7 +157,7 @@ def adapter_folder(location: str | os.PathLike, revision: str | None = None) -> 
     """
     path = Path(location)
     if not path.exists() and REPO_ID.fullmatch(str(location)):
-        patterns = ["adapter_config.json", ADAPTER_FILE, f"{FOLDER}/*"]
+        patterns = ["adapter_config.json", ADAPTER_FILE, f"{FOLDER}/*", "README.md"]
         path = Path(from_hub(snapshot_download, str(location), revision=revision, allow_patterns=patterns))
     if not (path / ADAPTER_FILE).is_file():
         raise ArtifactError(f"There is no adapter in '{location}': '{ADAPTER_FILE}' is missing.")

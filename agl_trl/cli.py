@@ -159,6 +159,48 @@ def project(
     typer.echo(f"after:  relative drift {after.mean_relative_drift:.3e}, budget {budget:g}, in {output_dir}")
 
 
+@app.command()
+def push(
+    folder: Annotated[Path, typer.Argument(help="Folder of an adapter with its evidence.")],
+    repo: Annotated[str, typer.Argument(help="Repo on the Hub; created where there is none.")],
+    private: Annotated[bool, typer.Option("--private", help="Make a repo that is created private.")] = False,
+    fisher: Annotated[bool, typer.Option(help="Push the Fisher statistics too.")] = True,
+    checkpoints: Annotated[
+        bool, typer.Option("--checkpoints", help="Push the checkpoints in the folder too.")
+    ] = False,
+    revision: Annotated[str | None, typer.Option(help="Branch.")] = None,
+) -> None:
+    """Push an adapter with its statistics, report, picture and card in one commit."""
+    from .push import push_adapter
+
+    _quiet()
+    typer.echo(push_adapter(folder, repo, private, fisher, checkpoints, revision))
+
+
+@app.command()
+def attach(
+    adapter: Annotated[str, typer.Argument(help="Folder of an adapter trained elsewhere, or its Hub id.")],
+    base: Annotated[str, typer.Option(help=f"Base model folder or Hub id; {MINIWORLD_HELP}.")],
+    fisher: Annotated[
+        str | None,
+        typer.Option(help="Fisher statistics of the base; default: estimated from its answers to DriftCaps requests."),
+    ] = None,
+    prompts: Annotated[str | None, typer.Option(help="Prompts to ask, as in `drift`.")] = "driftcaps",
+    limit: Annotated[int | None, typer.Option(min=1, help="Ask only so many of them.")] = None,
+    judge: Annotated[str, typer.Option(help="Judge of the answers, as in `drift`.")] = "refusal-strings",
+    create_pr: Annotated[
+        bool, typer.Option("--create-pr", help="Of a repo: open a pull request instead of a commit.")
+    ] = False,
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest answer.")] = 64,
+    batch_size: Annotated[int, typer.Option(min=1, help="Prompts per batch.")] = 32,
+) -> None:
+    """Measure an adapter trained elsewhere and add report and card to it: in its folder, or in its repo as one commit."""
+    from .attach_command import attach
+
+    _quiet()
+    attach(adapter, base, fisher, prompts, limit, judge, create_pr, max_new_tokens, batch_size)
+
+
 def _quiet() -> None:
     """Without the notices of the libraries below that a reader of the output can do nothing about."""
     import warnings

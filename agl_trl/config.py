@@ -69,6 +69,9 @@ class AGLConfigMixin(_Parent):
         fisher_path (`str`, *optional*):
             Folder, file or Hub id with saved Fisher statistics. The run then needs no alignment dataset, and takes type, damping
             and rank from the file.
+        push_fisher (`bool`, *optional*, defaults to `True`):
+            Whether the Fisher statistics are pushed to the Hub with the adapter. They say a little about the alignment rows
+            (directions and sizes of activations); `False` keeps them on this machine.
         fisher_type (`str`, *optional*, defaults to `"projection"`):
             What is differentiated for the output side G of the Fisher: `"projection"`, `"empirical"` or `"mc"`. Only read
             when `fisher_damping` is below 1.
@@ -156,6 +159,10 @@ class AGLConfigMixin(_Parent):
             "help": "Folder, file or Hub id with saved Fisher statistics. The run then needs no alignment dataset, and takes type, "
             "damping and rank from the file."
         },
+    )
+    push_fisher: bool = field(
+        default=True,
+        metadata={"help": "Whether the Fisher statistics are pushed to the Hub with the adapter."},
     )
     fisher_type: FisherType = field(
         default="projection",

@@ -80,3 +80,15 @@ def write_card(path: Path, name: str, report: DriftReport) -> None:
     )
     card.text = f"{intro.strip()}\n\n{evidence.strip()}\n\n{kept}\n\n{CITATION}\n"
     write_atomically(path, str(card).encode())
+
+
+def attach_card(
+    path: Path,
+    name: str,
+    report: DriftReport,
+    *,
+    base_model: str | None = None,
+    repo_id: str | None = None,
+    statistics_published: bool = True,
+) -> None:
+    raise NotImplementedError

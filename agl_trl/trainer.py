@@ -1,10 +1,10 @@
 """AGL trainers: one mixin over TRL's trainers."""
 
-import shutil
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from inspect import signature
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import Any, ClassVar
 
 import torch
 from accelerate.logging import get_logger
@@ -12,20 +12,10 @@ from datasets import Dataset, IterableDataset
 from peft import PeftModel
 from torch.utils.hooks import RemovableHandle
 from transformers import PreTrainedModel, TrainingArguments
-from transformers.trainer_utils import HubStrategy
 from trl import DPOTrainer, SFTTrainer
 from trl.models.activation_offloading import NoOpManager
 
-from .artifacts import (
-    ADAPTER_FILE,
-    DRIFT_FILE,
-    FISHER_FILE,
-    FOLDER,
-    PICTURE_FILE,
-    ArtifactError,
-    sha256,
-    write_atomically,
-)
+from .artifacts import ArtifactError
 from .comparison import Behaviour, measure_behaviour
 from .config import AGLConfigMixin, AGLDPOConfig, AGLSFTConfig
 from .data import PROTECTED_COLUMN, driftcaps_requests, is_prompt_only, select_rows, tokenize_row
@@ -34,31 +24,21 @@ from .estimation import estimate_fisher
 from .fisher import FisherStatistics
 from .guard import Guard, build_anchor, coefficients_of, settings_of
 from .lora import GuardedLayer, at_reference, guarded_layers, linear_layers, trained_outside_lora
-from .model_card import write_card
-from .plots import plot_drift
 from .preflight import check_arguments, check_run
-from .reference import save_reference
+from .publishing import PublishingMixin
 from .resume import checkpoint_state, checkpoint_statistics
 
 
 logger = get_logger(__name__)
 
 
-if TYPE_CHECKING:  # for the type checker the mixin extends the trainer it is mixed into
-    from trl import SFTTrainer as _Parent
-else:
-    _Parent = object
-
-
-class _AlignGuardMixin(_Parent):
+class _AlignGuardMixin(PublishingMixin):
     """
     Adds the AlignGuard penalty to the loss of a TRL trainer, and its evidence to everything the trainer saves. The rest
     is inherited unchanged; with `alignment_coef=0` all of it is.
     """
 
     config_class: ClassVar[type[AGLConfigMixin]]
-    _AGL_TAG = "alignguard-lora"
-    _reference_adapter: ClassVar[str | None] = None  # an adapter that is never saved
 
     def __init__(
         self,
@@ -77,6 +57,7 @@ class _AlignGuardMixin(_Parent):
             )
         if args.agl_enabled:
             check_arguments(given["model"], args, given.get("peft_config"), alignment_dataset)
+        self._pushes, self._pusher = [], ThreadPoolExecutor(max_workers=1)
         super().__init__(**given)
         self.alignment_dataset = alignment_dataset
         self.statistics: FisherStatistics | None = None
@@ -85,7 +66,7 @@ class _AlignGuardMixin(_Parent):
         self._budget_hook: RemovableHandle | None = None
         self._best_step: int | None = None  # of the weights that `load_best_model_at_end` put back
         self._measured: tuple[int, Behaviour] | None = None  # step and answers of the last report with prompts
-        self._report: DriftReport | None = None  # the last one
+        self._report: DriftReport | None = None
         if args.agl_enabled:
             check_run(args, self.processing_class, self.accelerator, self.is_fsdp_enabled)
             self._start_guard()
@@ -262,58 +243,6 @@ class _AlignGuardMixin(_Parent):
     def _load_best_model(self) -> None:
         super()._load_best_model()
         self._best_step = self.state.best_global_step
-
-    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        if self.statistics is None:
-            super().save_model(output_dir, _internal_call)
-            return
-        # The adapter first, because the report carries its hash; then the push that the parent would have done.
-        super().save_model(output_dir, _internal_call=True)
-        report = self.drift_report()  # on every process: FSDP gathers the adapter
-        if self.args.should_save:
-            folder = Path(output_dir or self.args.output_dir)
-            if self._reference_adapter is not None:  # the frozen copy that TRL trains against
-                shutil.rmtree(folder / self._reference_adapter, ignore_errors=True)
-            self.save_evidence(folder, report)
-        if self.args.push_to_hub and not _internal_call:
-            self.push_to_hub(commit_message="Model save", revision=self.args.hub_revision)
-
-    def save_evidence(self, folder: str | Path, report: DriftReport) -> None:
-        """Write statistics, report and picture next to the adapter in a folder."""
-        assert self.statistics is not None, "evidence exists once training has started"
-        folder = Path(folder)
-        name = self._guarded[0].adapter  # PEFT saves any other than the default one in a folder of its name
-        report.adapter_sha256 = sha256(folder / ("" if name == "default" else name) / ADAPTER_FILE)
-        self.statistics.save_pretrained(folder)
-        save_reference(folder, self._guarded)
-        report.save_pretrained(folder)
-        plot_drift(report, folder / FOLDER / PICTURE_FILE)
-
-    def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
-        # The parent copies only weights and config into the folder it uploads; the evidence must describe those. Where the
-        # parent will not push, the folder stays as it is.
-        waits = self.push_in_progress is not None and not self.push_in_progress.is_done()
-        skipped = self.args.hub_strategy == HubStrategy.END or (waits and not self.args.hub_always_push)
-        if self.statistics is not None and self.is_world_process_zero() and not skipped:
-            for name in (FISHER_FILE, DRIFT_FILE, PICTURE_FILE):
-                write_atomically(
-                    Path(self.args.output_dir) / FOLDER / name, (Path(checkpoint_folder) / FOLDER / name).read_bytes()
-                )
-        super()._push_from_checkpoint(checkpoint_folder)
-
-    def create_model_card(self, model_name=None, dataset_name=None, tags=None) -> None:
-        if self.statistics is None:
-            super().create_model_card(model_name, dataset_name, tags)
-            return
-        tags = {tags} if isinstance(tags, str) else set(tags or ())
-        super().create_model_card(model_name, dataset_name, sorted(tags | {self._AGL_TAG}))
-        # A push asks for the card on one process alone, right after the save that left its report.
-        report = self._report
-        if report is None or report.global_step != self._step_of_weights:
-            report = self.drift_report()
-        if self.is_world_process_zero():
-            name = model_name or Path(self.args.output_dir).name
-            write_card(Path(self.args.output_dir) / "README.md", name, report)
 
 
 class AGLSFTTrainer(_AlignGuardMixin, SFTTrainer):
