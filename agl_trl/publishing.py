@@ -16,7 +16,7 @@ from .config import AGLConfigMixin
 from .drift import DriftReport
 from .fisher import FisherStatistics
 from .lora import GuardedLayer
-from .model_card import write_card
+from .model_card import declared_license, write_card
 from .plots import plot_drift
 from .push import FAILURES, PushError, files_to_push, push_folder, reason, stage
 from .reference import save_reference
@@ -91,6 +91,8 @@ class PublishingMixin(_Parent):
         if self.statistics is None:
             super().create_model_card(model_name, dataset_name, tags)
             return
+        path = Path(self.args.output_dir) / "README.md"
+        license = declared_license(path) if self.is_world_process_zero() else None  # the parent writes a new card
         tags = {tags} if isinstance(tags, str) else set(tags or ())
         super().create_model_card(model_name, dataset_name, sorted(tags | {self._AGL_TAG}))
         # A push asks for the card on one process alone, right after the save that left its report.
@@ -99,7 +101,14 @@ class PublishingMixin(_Parent):
             report = self.drift_report()
         if self.is_world_process_zero():
             name = model_name or Path(self.args.output_dir).name
-            write_card(Path(self.args.output_dir) / "README.md", name, report)
+            write_card(
+                path,
+                name,
+                report,
+                repo_id=self.hub_model_id,
+                statistics_published=self.args.push_fisher,
+                license=license,
+            )
 
     def init_hf_repo(self, token: str | None = None, private: bool | None = None) -> None:
         if not self.args.agl_enabled:
