@@ -86,6 +86,7 @@ def save_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, Any
         with tempfile.TemporaryDirectory(dir=path.parent, prefix="_") as folder:
             temporary = Path(folder) / path.name
             save_file(contiguous, temporary, metadata=header)
+            temporary.chmod(0o644)
             os.replace(temporary, path)
     except (OSError, SafetensorError) as error:
         reason = error.strerror if isinstance(error, OSError) and error.strerror else error

@@ -5,6 +5,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
+from accelerate import PartialState
 from datasets import Dataset
 from peft import PeftModel
 from torch import Tensor, nn
@@ -27,6 +28,12 @@ def evaluating(model: nn.Module) -> Iterator[None]:
     finally:
         for module, training in modes:
             module.training = training
+
+
+def input_device(model: nn.Module) -> torch.device:
+    """Where the inputs of a model go; one whose weights are offloaded (and here are empty) moves them itself."""
+    device = next(model.parameters()).device
+    return PartialState().device if device.type == "meta" else device
 
 
 def prompt_text(prompt: Messages) -> str:
@@ -77,7 +84,7 @@ def generate_answers(
                 {"input_ids": [encoded[i] for i in chunk]}, padding_side="left", return_tensors="pt"
             )
             generated = model.generate(
-                **padded.to(model.device), max_new_tokens=max_new_tokens, do_sample=False, use_cache=True
+                **padded.to(input_device(model)), max_new_tokens=max_new_tokens, do_sample=False, use_cache=True
             )
             texts = tokenizer.batch_decode(generated[:, padded["input_ids"].shape[1] :], skip_special_tokens=True)
             for i, text in zip(chunk, texts, strict=True):
@@ -124,7 +131,7 @@ def answer_nll(
     rows = [tokenize_row(row, tokenizer, max_length) for row in dataset]
     nll = torch.zeros(len(rows))
     with evaluating(model):
-        for batch in batches(rows, batch_size, pad_token_id(tokenizer), model.device):
+        for batch in batches(rows, batch_size, pad_token_id(tokenizer), input_device(model)):
             logits = model(input_ids=batch.input_ids, attention_mask=batch.attention_mask, use_cache=False).logits
             for line, index in enumerate(
                 batch.indices

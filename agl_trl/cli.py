@@ -49,7 +49,9 @@ def demo(
 def fisher(
     model: Annotated[str, typer.Option(help=f"Model folder or Hub id; {MINIWORLD_HELP}.")],
     dataset: Annotated[str, typer.Option(help=f"Alignment rows: file or Hub id; {MINIWORLD_HELP}.")],
-    output_dir: Annotated[Path, typer.Option(help="Folder that receives agl/fisher.safetensors.")],
+    output_dir: Annotated[Path | None, typer.Option(help="Folder that receives agl/fisher.safetensors.")] = None,
+    push: Annotated[str | None, typer.Option(help="Repo on the Hub for the statistics and their card.")] = None,
+    private: Annotated[bool, typer.Option("--private", help="Make a repo that is created private.")] = False,
     fisher_type: Annotated[
         FisherType, typer.Option(help="What is differentiated for the output side.")
     ] = FisherType.projection,
@@ -58,30 +60,19 @@ def fisher(
     num_samples: Annotated[int, typer.Option(min=1, help="Rows used.")] = 256,
     batch_size: Annotated[int, typer.Option(min=1, help="Rows per forward pass.")] = 8,
     seed: Annotated[int, typer.Option(help="Seed of row sample, sketch and projections.")] = 0,
+    dtype: Annotated[str | None, typer.Option(help="Type of the weights; default: the checkpoint's.")] = None,
+    device_map: Annotated[str | None, typer.Option(help="`auto` spreads a large model over devices.")] = None,
+    bits: Annotated[int | None, typer.Option(help="4 or 8: quantise the model with bitsandbytes.")] = None,
 ) -> None:
-    """Estimate the Fisher statistics of a model and save them."""
-    from .data import load_rows
-    from .estimation import estimate_fisher
-    from .loading import load_model
+    """Estimate the Fisher statistics of a model, save them, and publish them where asked to."""
+    from .fisher_command import fisher
 
     _quiet()
-    rows = load_rows(dataset)
-    loaded, tokenizer = load_model(model)
-    statistics = estimate_fisher(
-        loaded,
-        rows,
-        tokenizer,
-        fisher_type=fisher_type.value,
-        damping=damping,
-        rank=rank,
-        num_samples=num_samples,
-        batch_size=batch_size,
-        seed=seed,
-    )
-    path = statistics.save_pretrained(output_dir)
-    typer.echo(
-        f"{path}: {len(statistics.input_of)} layers, {len(statistics.inputs)} shared inputs, {statistics.num_tokens} tokens, "
-        f"{path.stat().st_size / 1e6:.1f} MB"
+    if bits not in (None, 4, 8):
+        raise ValueError(f"`--bits` must be 4 or 8, got {bits}.")
+    fisher(
+        *(model, dataset, output_dir, push, private, fisher_type.value, damping, rank, num_samples, batch_size, seed),
+        *(dtype, device_map, bits),
     )
 
 

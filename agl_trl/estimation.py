@@ -2,20 +2,21 @@
 
 import hashlib
 from collections.abc import Sequence
-from functools import partial
 from importlib.metadata import version
-from typing import Any, Literal, Self
+from os import PathLike
+from pathlib import Path
+from typing import Any, Literal
 
 import torch
 from accelerate import PartialState
-from accelerate.utils import reduce
 from datasets import Dataset, IterableDataset
 from peft import PeftModel
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from .behaviour import answered_by, evaluating
+from .behaviour import answered_by, evaluating, input_device
+from .collector import Collector
 from .data import (
     AlignmentBatch,
     AlignmentRow,
@@ -27,7 +28,8 @@ from .data import (
 )
 from .fisher import FisherStatistics, describe_base
 from .lora import layer_shape, linear_layers
-from .sketch import CovarianceSketch, LowRankCovariance, sketch_matrix
+from .partial import PartialSums
+from .sketch import LowRankCovariance
 
 
 FisherType = Literal["projection", "empirical", "mc"]
@@ -47,6 +49,7 @@ def estimate_fisher(
     seed: int = 0,
     dtype: torch.dtype = torch.bfloat16,
     progress: bool = True,
+    resume_dir: str | PathLike | None = None,
 ) -> FisherStatistics:
     """
     Estimate the Fisher statistics of a model at its current weights (AlignGuard-LoRA, sec. 4.1, in K-FAC form).
@@ -89,6 +92,9 @@ def estimate_fisher(
             Type of the stored eigenvectors.
         progress (`bool`, *optional*, defaults to `True`):
             Whether to show a progress bar.
+        resume_dir (`str` or `PathLike`, *optional*):
+            Folder in which the sums are kept while the pass runs, once a minute: repeated after an interruption, the call goes
+            on from there and returns the same numbers. For one process.
 
     Returns:
         [`FisherStatistics`]
@@ -104,8 +110,15 @@ def estimate_fisher(
     if is_prompt_only(selected[0]):
         selected = answered_by(model, processing_class, selected, progress)
     rows = [tokenize_row(row, processing_class, max_length) for row in selected]
+    sums = None
+    if resume_dir is not None:
+        key = {
+            **dict(fisher_type=fisher_type, damping=damping, rank=rank, batch_size=batch_size, seed=seed),
+            **dict(rows=_fingerprint(rows), base_model=describe_base(model), layers=sorted(layers)),
+        }
+        sums = PartialSums(Path(resume_dir), key)
     collector = _collect(
-        model, layers, rows, processing_class, fisher_type, damping < 1, rank, batch_size, seed, progress
+        model, layers, rows, processing_class, fisher_type, damping < 1, rank, batch_size, seed, progress, sums
     )
 
     statistics = FisherStatistics(
@@ -141,21 +154,29 @@ def _rounded(covariance: LowRankCovariance, dtype: torch.dtype) -> LowRankCovari
     return covariance._replace(eigenvectors=covariance.eigenvectors.to(dtype))
 
 
-def _collect(model, layers, rows, tokenizer, fisher_type, gradients, rank, batch_size, seed, progress) -> "_Collector":
+def _collect(
+    model, layers, rows, tokenizer, fisher_type, gradients, rank, batch_size, seed, progress, partial_sums=None
+) -> "Collector":
     state = PartialState()
     if len(rows) < state.num_processes:
         raise ValueError(
             f"{len(rows)} alignment rows can't be shared by {state.num_processes} processes: give more rows."
         )
-    device = next(model.parameters()).device
-    collector = _Collector(layers, rank, gradients, seed)
+    device = input_device(model)
+    collector = Collector(layers, rank, gradients, seed)
     bar = tqdm(
         total=len(rows), desc="Fisher statistics", unit="row", disable=not (progress and state.is_local_main_process)
     )
+    done = 0 if partial_sums is None else collector.restore(*partial_sums.load())
     with bar, evaluating(model), collector:
-        for batch in batches(
-            rows, batch_size, pad_token_id(tokenizer), device, shard=(state.process_index, state.num_processes)
+        for number, batch in enumerate(
+            batches(
+                rows, batch_size, pad_token_id(tokenizer), device, shard=(state.process_index, state.num_processes)
+            )
         ):
+            if number < done:
+                bar.update(len(batch.indices))
+                continue
             collector.begin(batch.token_mask.flatten())
             if gradients:
                 _backward(model, batch, fisher_type, seed)
@@ -163,91 +184,14 @@ def _collect(model, layers, rows, tokenizer, fisher_type, gradients, rank, batch
                 with torch.no_grad():
                     model(input_ids=batch.input_ids, attention_mask=batch.attention_mask, use_cache=False)
             bar.update(len(batch.indices) * state.num_processes)
+            if partial_sums is not None:
+                partial_sums.save(number + 1, collector.input_of, collector.inputs, collector.outputs)
     if state.num_processes > 1:
         collector.sum_over_processes()
     collector.check()
+    if partial_sums is not None:
+        partial_sums.remove()
     return collector
-
-
-class _Collector:
-    """Hooks that accumulate X and G of linear layers, alive exactly as long as the `with` block."""
-
-    def __init__(self, layers: dict[str, nn.Module], rank: int, gradients: bool, seed: int):
-        self.layers, self.gradients = layers, gradients
-        self.input_of: dict[str, str] = {}  # layer -> first layer that reads the same input tensor
-        self.inputs: dict[str, CovarianceSketch] = {}
-        self.outputs: dict[str, CovarianceSketch] = {}
-        self._seen: dict[int, tuple[str, Tensor]] = {}  # holding the tensor keeps its id from being given away
-        self._omega = partial(self._cached_omega, {}, rank, seed)
-        self._handles: list = []
-
-    @staticmethod
-    def _cached_omega(cache: dict[int, Tensor | None], rank: int, seed: int, dim: int) -> Tensor | None:
-        if dim not in cache:
-            cache[dim] = sketch_matrix(dim, rank, seed)
-        return cache[dim]
-
-    def __enter__(self) -> Self:
-        self._handles = [
-            module.register_forward_hook(partial(self._on_forward, name)) for name, module in self.layers.items()
-        ]
-        return self
-
-    def __exit__(self, *exc) -> None:
-        for handle in self._handles:
-            handle.remove()
-        self._seen.clear()
-
-    def begin(self, token_mask: Tensor) -> None:
-        """Start a batch, given which of its tokens count, of shape `(tokens,)`."""
-        self.token_mask = token_mask
-        self._seen.clear()
-
-    def _on_forward(self, name: str, module: nn.Module, args: tuple, output: Tensor) -> None:
-        x = args[0]
-        if name not in self.input_of:  # in the first batch alone, so that no later one keeps its inputs alive
-            self.input_of[name], _ = self._seen.setdefault(id(x), (name, x))
-        if self.input_of[name] == name:
-            self._update(self.inputs, name, x)
-        if self.gradients:
-            output.register_hook(partial(self._update, self.outputs, name))
-
-    @torch.no_grad()
-    def _update(self, sketches: dict[str, CovarianceSketch], name: str, values: Tensor) -> None:
-        rows = values.detach().reshape(-1, values.shape[-1])
-        if rows.shape[0] != self.token_mask.shape[0]:
-            raise ValueError(
-                f"Layer '{name}' saw {rows.shape[0]} rows for {self.token_mask.shape[0]} tokens: layers that do not see every "
-                "token (experts, vision towers) can't be guarded; leave them out of `target_modules`."
-            )
-        if name not in sketches:
-            sketches[name] = CovarianceSketch(rows.shape[1], self._omega(rows.shape[1]), rows.device)
-        sketches[name].update(rows[self.token_mask.to(rows.device)])
-
-    def sum_over_processes(self) -> None:
-        """Add up the accumulated sums of all processes, once."""
-        for sketches in (self.inputs, self.outputs):
-            for name in sorted(sketches):
-                sketch = sketches[name]
-                sketch.sums, sketch.trace, sketch.count = (
-                    reduce(tensor, "sum") for tensor in (sketch.sums, sketch.trace, sketch.count)
-                )
-
-    def check(self) -> None:
-        for name, sketch in [*self.inputs.items(), *self.outputs.items()]:
-            if not torch.isfinite(sketch.sums).all():
-                raise ValueError(
-                    f"The statistics of layer '{name}' are not finite: its activations overflow; use bfloat16."
-                )
-        for name in self.layers:
-            covered = [self.inputs.get(self.input_of.get(name, ""))]
-            if self.gradients:
-                covered.append(self.outputs.get(name))
-            if any(sketch is None or sketch.count == 0 for sketch in covered):
-                raise ValueError(
-                    f"Layer '{name}' saw no tokens while the Fisher statistics were estimated: it is not used by the forward "
-                    "pass (a fused kernel, an unused branch), so it can't be guarded; leave it out of `target_modules`."
-                )
 
 
 def _backward(model: PreTrainedModel | PeftModel, batch: AlignmentBatch, fisher_type: FisherType, seed: int) -> None:

@@ -6,6 +6,8 @@ from pathlib import Path
 from typing import Any, Self
 
 import torch
+from accelerate.utils import align_module_device
+from huggingface_hub import try_to_load_from_cache
 from peft import PeftModel
 from torch import Tensor, nn
 from transformers import PreTrainedModel
@@ -76,7 +78,8 @@ class FisherStatistics:
         """`‖W‖_𝓕` of the frozen weights of these layers, by name; scalars on the CPU."""
         norms = {}
         for name, module in layers.items():
-            weight = base_weight(module)
+            with align_module_device(module):  # where it is offloaded
+                weight = base_weight(module)
             norms[name] = dense_quadratic_form(weight, self.metric(name, weight.device)).sqrt().cpu()
             if not (torch.isfinite(norms[name]) and norms[name] > 0):
                 raise ValueError(
@@ -227,4 +230,7 @@ def describe_base(model: PreTrainedModel | PeftModel) -> dict[str, Any]:
     if name is not None and (Path(name).is_absolute() or Path(name).exists()):
         name = None
     structure = {key: getattr(config, key, None) for key in STRUCTURAL_KEYS}
-    return {"name": name, "revision": getattr(model.config, "_commit_hash", None), "config": structure}
+    # transformers no longer keeps the commit on the config; the cache that the model came from does.
+    cached = None if name is None else try_to_load_from_cache(name, "config.json")
+    revision = Path(cached).parent.name if isinstance(cached, str) else None
+    return {"name": name, "revision": revision, "config": structure}

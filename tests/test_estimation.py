@@ -8,8 +8,9 @@ from datasets import Dataset
 from peft import LoraConfig, get_peft_model
 
 from agl_trl import estimate_fisher
+from agl_trl.collector import Collector
 from agl_trl.data import batches, tokenize_row
-from agl_trl.estimation import _Collector, _objective
+from agl_trl.estimation import _objective
 from agl_trl.lora import linear_layers
 
 from .models import chat_rows, tiny_model
@@ -141,7 +142,7 @@ def test_shards_add_up_to_the_whole(tokenizer, alignment_rows):
     totals = {}
     for num_processes in (1, 3):
         for process in range(num_processes):
-            collector = _Collector(linear_layers(model), 8, gradients=False, seed=0)
+            collector = Collector(linear_layers(model), 8, gradients=False, seed=0)
             with collector, torch.no_grad():
                 for batch in batches(rows, 2, 0, torch.device("cpu"), (process, num_processes)):
                     collector.begin(batch.token_mask.flatten())

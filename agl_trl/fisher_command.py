@@ -1,0 +1,96 @@
+"""What `agl-trl fisher` does."""
+
+from pathlib import Path
+
+import typer
+
+from .artifacts import FISHER_FILE, FOLDER, REPO_ID
+from .data import READERS, is_prompt_only, load_rows, select_rows, tokenize_row
+from .estimation import FisherType, estimate_fisher
+from .fisher import FisherStatistics
+from .loading import load_model
+from .model_card import write_statistics_card
+from .plan import plan_fisher
+from .push import create_repo, push_folder
+
+
+MAX_LENGTH = 1024
+
+
+def fisher(
+    model: str,
+    dataset: str,
+    output_dir: Path | None,
+    push: str | None,
+    private: bool,
+    fisher_type: FisherType,
+    damping: float,
+    rank: int,
+    num_samples: int,
+    batch_size: int,
+    seed: int,
+    dtype: str | None,
+    device_map: str | None,
+    bits: int | None,
+) -> None:
+    """
+    Say what it will take, estimate, save, and push where asked to: a repo that holds the statistics and their card.
+    Interrupted, the same command goes on where it stopped.
+
+    Raises:
+        `ValueError`: If model or rows can't be read.
+        [`PushError`]: If the repo can't be written; told before the pass where the Hub says so by then.
+    """
+    if output_dir is None:
+        if push is None:
+            raise ValueError("Say where the statistics go: `--output-dir`, `--push`, or both.")
+        output_dir = Path("outputs") / push.split("/")[-1]
+    repo_id = None if push is None else create_repo(push, private=private or None)
+    rows = load_rows(dataset)
+    loaded, tokenizer = load_model(model, dtype=dtype, device_map=device_map, bits=bits)
+    plan = plan_fisher(loaded, rank=rank, damping=damping, batch_size=batch_size)
+    selected = select_rows(rows, num_samples, seed)
+    typer.echo(
+        f"{plan.layers} layers, {plan.inputs} shared inputs; {plan.accumulator_bytes / 1e6:.0f} MB of sums beside the model, "
+        f"{plan.file_bytes / 1e6:.1f} MB on disk"
+    )
+    if is_prompt_only(selected[0]):
+        typer.echo(f"{len(selected)} requests, which the model answers first")
+    else:
+        tokens = sum(len(tokenize_row(row, tokenizer, MAX_LENGTH).input_ids) for row in selected)
+        typer.echo(f"{len(selected)} rows, {tokens} tokens, about {plan.seconds_per_token * tokens:.0f} s")
+    statistics = estimate_fisher(
+        loaded,
+        selected,
+        tokenizer,
+        fisher_type=fisher_type,
+        damping=damping,
+        rank=rank,
+        num_samples=None,
+        batch_size=batch_size,
+        max_length=MAX_LENGTH,
+        seed=seed,
+        resume_dir=output_dir,
+    )
+    statistics.metadata["dataset"] = dataset_id(dataset)
+    path = statistics.save_pretrained(output_dir)
+    typer.echo(
+        f"{path}: {len(statistics.input_of)} layers, {len(statistics.inputs)} shared inputs, {statistics.num_tokens} tokens, "
+        f"{path.stat().st_size / 1e6:.1f} MB"
+    )
+    if repo_id is not None:
+        typer.echo(push_statistics(statistics, output_dir, repo_id))
+
+
+def push_statistics(statistics: FisherStatistics, folder: Path, repo_id: str) -> str:
+    """Push statistics and their card, and nothing else of the folder, in one commit. Returns the address of the commit."""
+    write_statistics_card(folder / "README.md", repo_id.split("/")[-1], statistics, repo_id=repo_id)
+    files = ["README.md", f"{FOLDER}/{FISHER_FILE}"]
+    return push_folder(folder, repo_id, message="Fisher statistics", files=files).commit_url
+
+
+def dataset_id(name: str) -> str | None:
+    """Name of a dataset that others know: an id on the Hub or an embedded set, never a file of this machine."""
+    if Path(name).exists() or Path(name).suffix in READERS:
+        return None
+    return name if "/" not in name or REPO_ID.fullmatch(name) else None
