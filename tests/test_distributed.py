@@ -45,13 +45,16 @@ FSDP = dict(
 CONFIGS = {"ddp": COMMON, "fsdp2": COMMON | dict(distributed_type="FSDP", fsdp_config=FSDP)}
 
 
-def launch(config: dict, folder: Path, *command: str) -> subprocess.CompletedProcess:
-    """Run a command under `accelerate launch` with a config file, on a free port, one thread per process."""
+def free_port() -> int:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+        return probe.getsockname()[1]
+
+
+def launch(config: dict, folder: Path, *command: str) -> subprocess.CompletedProcess:
+    """Run a command under `accelerate launch` with a config file, on a free port, one thread per process."""
     path = folder / "accelerate.yaml"
-    path.write_text(yaml.safe_dump(config | dict(main_process_port=port)))
+    path.write_text(yaml.safe_dump(config | dict(main_process_port=free_port())))
     return subprocess.run(
         [sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(path), *command],
         check=False,
