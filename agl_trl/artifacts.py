@@ -110,7 +110,8 @@ def load_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     try:
         with safe_open(path, framework="pt") as file:
             metadata = _read_metadata(path, (file.metadata() or {}).get("agl"))
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
+            # Copied out of the mapped file, which may be overwritten or cut while they are in use.
+            tensors = {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118 (not a dict)
     except ArtifactError:
         raise
     except (SafetensorError, OSError, ValueError) as error:
@@ -131,7 +132,7 @@ def _read_metadata(path: Path, header: str | None) -> dict[str, Any]:
             raise ArtifactError(f"{unreadable}: it names no schema version.")
         version = metadata["schema_version"]
         if type(version) is not int or not 1 <= version <= SCHEMA_VERSION:  # True is an int too
-            told = canonical_json(version)
+            told = ascii(version)
             told = told if len(told) <= 20 else f"{told[:20]}…"
             raise ArtifactError(
                 f"'{path}' has schema version {told}; this agl_trl reads up to {SCHEMA_VERSION}: upgrade it."

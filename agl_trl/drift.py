@@ -282,17 +282,15 @@ class DriftReport:
         Check that this report is of an adapter.
 
         Args:
-            adapter (`str` or `PathLike`):
-                Its folder, or its `adapter_model.safetensors`.
+            adapter (`str` or `PathLike`): Its folder, or its `adapter_model.safetensors`.
 
         Raises:
             [`ArtifactError`]: If it is of another one, or does not say of which.
         """
         path = Path(adapter) / ADAPTER_FILE if Path(adapter).is_dir() else Path(adapter)
-        if not path.is_file():
-            raise ArtifactError(f"There is no adapter '{path}' that the report could be of.")
-        if self.adapter_sha256 is None:
-            raise ArtifactError(f"The report does not say whether it is of the adapter '{path}': it holds no sha256.")
+        if self.adapter_sha256 is None or not path.is_file():
+            missing = "the report names no sha256" if path.is_file() else "there is no such file"
+            raise ArtifactError(f"Can't tell whether the report is of the adapter '{path}': {missing}.")
         found = sha256(path)
         if found != self.adapter_sha256:
             step = "" if self.global_step is None else f" (step {self.global_step})"

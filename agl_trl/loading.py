@@ -9,7 +9,7 @@ from safetensors import SafetensorError, safe_open
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from .artifacts import ADAPTER_FILE, ArtifactError, first_line
-from .forms import shown
+from .forms import WIDE_FLOATS, shown
 
 
 def load_model(name: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
@@ -63,6 +63,6 @@ def _checked_names(path: Path) -> set[str]:
         names = {*file.keys()}
         for name in sorted(names):
             tensor = file.get_tensor(name)
-            if not tensor.is_floating_point() or not torch.isfinite(tensor.float()).all():
+            if tensor.dtype not in WIDE_FLOATS or not torch.isfinite(tensor.float()).all():
                 raise ArtifactError(f"The adapter '{path}' is broken: {shown(name)} does not hold finite numbers.")
     return names
