@@ -15,7 +15,8 @@ from typing import Any
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
-from safetensors.torch import load_file, save
+from safetensors.torch import load as load_bytes
+from safetensors.torch import save
 from torch import Tensor
 from transformers import PreTrainedModel
 
@@ -128,7 +129,7 @@ def adapter(folder) -> Good:
         return loaded
 
     path = folder / "adapter" / "adapter_model.safetensors"
-    return Good(path.name, path.read_bytes(), load_file(path), {}, load, folder)
+    return Good(path.name, path.read_bytes(), load_bytes(path.read_bytes()), {}, load, folder)
 
 
 def header_size(content: bytes) -> int:
