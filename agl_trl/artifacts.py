@@ -9,6 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import torch
 from huggingface_hub import hf_hub_download, snapshot_download
 from huggingface_hub.errors import (
     GatedRepoError,
@@ -25,6 +26,9 @@ from torch import Tensor
 
 
 SCHEMA_VERSION = 1
+CHECKSUM = "content_sha256"
+DEEPEST = 10  # levels of metadata
+LONGEST_REASON = 160  # characters
 ADAPTER_FILE = "adapter_model.safetensors"
 FOLDER = "agl"  # next to it
 FISHER_FILE = "fisher.safetensors"
@@ -74,13 +78,14 @@ def save_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, Any
         tensors (`dict[str, Tensor]`):
             Tensors by name.
         metadata (`dict`):
-            JSON-serialisable; `schema_version` is added.
+            JSON-serialisable; `schema_version` and `content_sha256` are added.
 
     Raises:
         `OSError`: If the file can't be written.
     """
-    header = {"agl": canonical_json({"schema_version": SCHEMA_VERSION, **metadata})}
     contiguous = {name: tensor.detach().cpu().contiguous() for name, tensor in sorted(tensors.items())}
+    described = {"schema_version": SCHEMA_VERSION, **metadata}
+    header = {"agl": canonical_json({**described, CHECKSUM: content_sha256(contiguous, described)})}
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=path.parent, prefix="_") as folder:
@@ -95,32 +100,80 @@ def save_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, Any
 
 def load_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """
-    Tensors and metadata of a file that [`save_tensors`] wrote. Nothing in it is unpickled or executed.
+    Tensors and metadata of a file that [`save_tensors`] wrote, without its checksum. Nothing in it is unpickled or executed.
 
     Raises:
         [`ArtifactError`]: If the file is missing, is not a readable safetensors file, was not written by this package, or by a
-            newer version of it.
+            newer version of it, or is not what was written.
     """
     if not path.is_file():
         raise ArtifactError(f"There is no file '{path}'.")
     try:
         with safe_open(path, framework="pt") as file:
-            header = (file.metadata() or {}).get("agl")
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
+            metadata = _read_metadata(path, (file.metadata() or {}).get("agl"))
+            # Copied out of the mapped file, which may be overwritten or cut while they are in use.
+            tensors = {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118 (not a dict)
+    except ArtifactError:
+        raise
     except (SafetensorError, OSError, ValueError) as error:
-        raise ArtifactError(f"'{path}' is not a readable safetensors file ({error}).") from error
+        raise ArtifactError(f"'{path}' is not a readable safetensors file ({first_line(error)}).") from error
+    checksum = metadata.pop(CHECKSUM, None)
+    if checksum is not None and checksum != content_sha256(tensors, metadata):  # of early files, none
+        raise ArtifactError(f"'{path}' is damaged: its content is not what was written; get it again.")
+    return tensors, metadata
+
+
+def _read_metadata(path: Path, header: str | None) -> dict[str, Any]:
     if header is None:
         raise ArtifactError(f"'{path}' was not written by agl_trl: it has no 'agl' metadata.")
+    unreadable = f"The 'agl' metadata of '{path}' can't be read"
     try:
         metadata = json.loads(header)
+        if not isinstance(metadata, dict) or "schema_version" not in metadata:
+            raise ArtifactError(f"{unreadable}: it names no schema version.")
         version = metadata["schema_version"]
-    except (json.JSONDecodeError, KeyError, TypeError) as error:
-        raise ArtifactError(f"The 'agl' metadata of '{path}' can't be read ({error!r}).") from error
-    if not isinstance(version, int) or version > SCHEMA_VERSION:
-        raise ArtifactError(
-            f"'{path}' has schema version {version!r}; this agl_trl reads up to {SCHEMA_VERSION}: upgrade it."
-        )
-    return tensors, metadata
+        if type(version) is not int or not 1 <= version <= SCHEMA_VERSION:  # True is an int too
+            told = ascii(version)
+            told = told if len(told) <= 20 else f"{told[:20]}…"
+            raise ArtifactError(
+                f"'{path}' has schema version {told}; this agl_trl reads up to {SCHEMA_VERSION}: upgrade it."
+            )
+        # As it was written: no NaN, no key twice, nothing that can't be written again.
+        if canonical_json(metadata).encode() != header.encode() or not _is_flat(metadata):
+            raise ArtifactError(f"{unreadable}: it is not as agl_trl writes it.")
+    except ArtifactError:
+        raise
+    except (ValueError, RecursionError) as error:  # among them numbers of too many digits and lone surrogates
+        raise ArtifactError(f"{unreadable} ({first_line(error)}).") from error
+    return metadata
+
+
+def _is_flat(value: Any) -> bool:
+    """Whether JSON is nested no deeper than anything we write, so that no walk through it runs out of stack."""
+    level = [value]
+    for _ in range(DEEPEST):
+        level = [
+            child
+            for node in level
+            if isinstance(node, dict | list)
+            for child in (node.values() if isinstance(node, dict) else node)
+        ]
+    return not level
+
+
+def content_sha256(tensors: dict[str, Tensor], metadata: dict[str, Any]) -> str:
+    """Hexadecimal SHA-256 over metadata and tensors: names, types, shapes and bytes, in the order of the names."""
+    digest = hashlib.sha256(canonical_json(metadata).encode())
+    for name, tensor in sorted(tensors.items()):
+        digest.update(canonical_json([name, str(tensor.dtype), list(tensor.shape)]).encode())
+        digest.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()
+
+
+def first_line(error: Exception) -> str:
+    """What a library says, as it may stand in a sentence of ours: one line, short, without its full stop."""
+    lines = str(error).splitlines() or [type(error).__name__]
+    return lines[0][:LONGEST_REASON].rstrip(".: ")
 
 
 def find_artifact(location: str | os.PathLike, name: str, revision: str | None = None) -> Path:
@@ -188,7 +241,7 @@ def from_hub(download: Callable[..., str], repo_id: str, *args: Any, **kwargs: A
         reason = "there is no such folder, it isn't in the cache, and the Hub can't be reached"
         raise ArtifactError(f"Can't read '{repo_id}': {reason}.") from error
     except (HfHubHTTPError, OSError) as error:
-        raise ArtifactError(f"Can't read '{repo_id}': {str(error).splitlines()[0].rstrip('.')}.") from error
+        raise ArtifactError(f"Can't read '{repo_id}': {first_line(error)}.") from error
 
 
 def sha256(path: Path) -> str:

@@ -11,11 +11,21 @@ from peft import PeftModel
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from .artifacts import DRIFT_FILE, FOLDER, ArtifactError, find_artifact, load_tensors, save_tensors
+from .artifacts import (
+    ADAPTER_FILE,
+    DRIFT_FILE,
+    FOLDER,
+    ArtifactError,
+    find_artifact,
+    load_tensors,
+    save_tensors,
+    sha256,
+)
 from .collision import FrozenWeights, riemannian_overlap
 from .comparison import Behaviour
 from .decomposition import Update, critical_inner, critical_mask, inner, project, subtract
 from .fisher import FisherStatistics
+from .forms import PER_LAYER, PER_PROMPT, check_drift, refuse
 from .lora import GuardedLayer, base_weight, each_frozen, guarded_layers, layer_shape, linear_layers, one_frozen
 from .objective import Coefficients
 from .penalty import LayerMetric
@@ -208,9 +218,7 @@ class DriftReport:
             `OSError`: If the file can't be written; a previous one is left as it was.
         """
         path = Path(save_directory) / FOLDER / DRIFT_FILE
-        tensors = {
-            name: getattr(self, name) for name in ("relative_drift", "alignment_energy", "task_energy", "overlap")
-        }
+        tensors = {name: getattr(self, name) for name in PER_LAYER}
         tensors |= {f"history.{name}": values for name, values in self.history.items()}
         metadata = {
             **self.metadata,
@@ -222,7 +230,7 @@ class DriftReport:
             "summary": {"mean_relative_drift": self.mean_relative_drift},
         }
         if self.behaviour is not None:
-            tensors |= {name: getattr(self.behaviour, name) for name in _PER_PROMPT}
+            tensors |= {name: getattr(self.behaviour, name) for name in PER_PROMPT}
             metadata["behaviour"] = {"categories": self.behaviour.categories, **self.behaviour.metadata}
         save_tensors(path, tensors, metadata)
         return path
@@ -243,50 +251,50 @@ class DriftReport:
         """
         path = find_artifact(location, DRIFT_FILE, revision)
         tensors, metadata = load_tensors(path)
+        if metadata.pop("kind", None) != "drift":
+            raise ArtifactError(f"'{path}' holds no drift report.")
         try:
-            if metadata.pop("kind") != "drift":
-                raise ArtifactError(f"'{path}' holds no drift report.")
-            metadata.pop("schema_version"), metadata.pop("summary")
-            described = metadata.pop("behaviour", None)
-            behaviour = None
-            if described is not None:
-                categories = described.pop("categories")
-                values: dict[str, Any] = {name: tensors[name] for name in _PER_PROMPT}
-                behaviour = Behaviour(categories, **values, metadata=described)
-            layers = metadata.pop("layers")
-            report = cls(
-                layers=layers,
-                relative_drift=tensors["relative_drift"],
-                alignment_energy=tensors["alignment_energy"],
-                task_energy=tensors["task_energy"],
-                overlap=tensors["overlap"],
-                history={
-                    name.removeprefix("history."): t for name, t in tensors.items() if name.startswith("history.")
-                },
-                behaviour=behaviour,
-                global_step=metadata.pop("global_step"),
-                budget_multiplier=metadata.pop("budget_multiplier"),
-                adapter_sha256=metadata.pop("adapter_sha256"),
-                metadata=metadata,
+            check_drift(tensors, metadata)
+        except ArtifactError as error:
+            raise refuse("figures of the drift report", path, error) from error
+        metadata.pop("schema_version"), metadata.pop("summary")
+        described = metadata.pop("behaviour", None)
+        behaviour = None
+        if described is not None:
+            values: dict[str, Any] = {name: tensors[name] for name in PER_PROMPT}
+            behaviour = Behaviour(described.pop("categories"), **values, metadata=described)
+        return cls(
+            layers=metadata.pop("layers"),
+            relative_drift=tensors["relative_drift"],
+            alignment_energy=tensors["alignment_energy"],
+            task_energy=tensors["task_energy"],
+            overlap=tensors["overlap"],
+            history={name.removeprefix("history."): t for name, t in tensors.items() if name.startswith("history.")},
+            behaviour=behaviour,
+            global_step=metadata.pop("global_step"),
+            budget_multiplier=metadata.pop("budget_multiplier"),
+            adapter_sha256=metadata.pop("adapter_sha256"),
+            metadata=metadata,
+        )
+
+    def check_describes(self, adapter: str | PathLike) -> None:
+        """
+        Check that this report is of an adapter.
+
+        Args:
+            adapter (`str` or `PathLike`): Its folder, or its `adapter_model.safetensors`.
+
+        Raises:
+            [`ArtifactError`]: If it is of another one, or does not say of which.
+        """
+        path = Path(adapter) / ADAPTER_FILE if Path(adapter).is_dir() else Path(adapter)
+        if self.adapter_sha256 is None or not path.is_file():
+            missing = "the report names no sha256" if path.is_file() else "there is no such file"
+            raise ArtifactError(f"Can't tell whether the report is of the adapter '{path}': {missing}.")
+        found = sha256(path)
+        if found != self.adapter_sha256:
+            step = "" if self.global_step is None else f" (step {self.global_step})"
+            raise ArtifactError(
+                f"The report is of another adapter: its sha256 starts with {self.adapter_sha256[:12]}{step}, that of "
+                f"'{path}' with {found[:12]}."
             )
-            if report.relative_drift.shape != (len(layers),):
-                raise ArtifactError(
-                    f"The drift report '{path}' names {len(layers)} layers for {report.relative_drift.shape} values."
-                )
-        except (KeyError, TypeError, AttributeError) as error:
-            raise ArtifactError(f"The drift report '{path}' is incomplete or malformed ({error!r}).") from error
-        return report
-
-
-_PER_PROMPT = (
-    "unsafe",
-    "refused_base",
-    "refused_tuned",
-    "nll_base",
-    "nll_tuned",
-    "kl_first_tokens",
-    "margin_base",
-    "margin_tuned",
-    "hidden_drift",
-    "direction_cosine",
-)

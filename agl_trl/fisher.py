@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from .artifacts import FISHER_FILE, FOLDER, ArtifactError, find_artifact, load_tensors, save_tensors
+from .forms import check_fisher, refuse, shown
 from .lora import GuardedLayer, base_weight, guarded_layers, layer_shape
 from .penalty import LayerMetric, RelativeDrift, dense_quadratic_form
 from .sketch import LowRankCovariance
@@ -141,41 +142,23 @@ class FisherStatistics:
         """
         path = find_artifact(location, FISHER_FILE, revision)
         tensors, metadata = load_tensors(path)
+        if metadata.pop("kind", None) != "fisher":
+            raise ArtifactError(f"'{path}' holds no Fisher statistics.")
         try:
-            if metadata.pop("kind") != "fisher":
-                raise ArtifactError(f"'{path}' holds no Fisher statistics.")
-            metadata.pop("schema_version")
-            input_of, damping = metadata.pop("input_of"), metadata.pop("damping")
-            statistics = cls(
-                inputs={name: _covariance(tensors, f"inputs.{name}") for name in sorted(set(input_of.values()))},
-                outputs={name: _covariance(tensors, f"outputs.{name}") for name in input_of} if damping < 1 else {},
-                input_of=input_of,
-                weight_norm={name: tensors[f"weight_norm.{name}"] for name in input_of},
-                num_tokens=int(tensors["num_tokens"]),
-                damping=damping,
-                metadata=metadata,
-            )
-            statistics._check_shapes()
-        except (KeyError, TypeError, AttributeError, RuntimeError) as error:
-            raise ArtifactError(
-                f"The Fisher statistics in '{path}' are incomplete or malformed ({error!r})."
-            ) from error
-        return statistics
-
-    def _check_shapes(self) -> None:
-        for name, (d_out, d_in) in self.metadata["shapes"].items():
-            sides = [(self.inputs[self.input_of[name]], d_in)] + (
-                [(self.outputs[name], d_out)] if self.outputs else []
-            )
-            for covariance, dim in sides:
-                k = covariance.eigenvalues.shape[0]
-                shapes = [tuple(tensor.shape) for tensor in covariance]
-                if shapes != [(dim, k), (k,), ()]:
-                    raise ArtifactError(
-                        f"The statistics of layer '{name}' have shapes {shapes}, which do not fit {d_out} × {d_in}."
-                    )
-                if not all(torch.isfinite(tensor).all() for tensor in covariance):
-                    raise ArtifactError(f"The statistics of layer '{name}' are not finite.")
+            check_fisher(tensors, metadata)
+        except ArtifactError as error:
+            raise refuse("Fisher statistics", path, error) from error
+        metadata.pop("schema_version")
+        input_of, damping = metadata.pop("input_of"), metadata.pop("damping")
+        return cls(
+            inputs={name: _covariance(tensors, f"inputs.{name}") for name in sorted(set(input_of.values()))},
+            outputs={name: _covariance(tensors, f"outputs.{name}") for name in input_of} if damping < 1 else {},
+            input_of=input_of,
+            weight_norm={name: tensors[f"weight_norm.{name}"] for name in input_of},
+            num_tokens=int(tensors["num_tokens"]),
+            damping=damping,
+            metadata=metadata,
+        )
 
     def check_fits(self, model: PreTrainedModel | PeftModel, layers: dict[str, nn.Module]) -> None:
         """
@@ -195,7 +178,7 @@ class FisherStatistics:
         for key in STRUCTURAL_KEYS:
             if expected.get(key) != found.get(key):
                 raise ArtifactError(
-                    f"The Fisher statistics are of another base model: {key} is {expected.get(key)} there and {found.get(key)} here."
+                    f"The Fisher statistics are of another base model: {key} is {_told(expected.get(key))} there and {found.get(key)} here."
                 )
         for name, module in layers.items():
             if name not in self.input_of:
@@ -214,6 +197,10 @@ class FisherStatistics:
                     f"The Fisher statistics are of other weights: the norm of layer '{name}' is {self.weight_norm[name]:.4g} there "
                     f"and {norm:.4g} here."
                 )
+
+
+def _told(value: Any) -> str:
+    return value if isinstance(value, str) and value.isidentifier() else shown(value)
 
 
 def _covariance(tensors: dict[str, Tensor], prefix: str) -> LowRankCovariance:

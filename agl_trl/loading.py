@@ -3,9 +3,10 @@
 from pathlib import Path
 from typing import Any
 
+import torch
 from accelerate import PartialState
-from peft import PeftModel
-from safetensors import SafetensorError
+from peft import PeftModel, get_peft_model_state_dict
+from safetensors import SafetensorError, safe_open
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
@@ -13,6 +14,9 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
+
+from .artifacts import ADAPTER_FILE, ArtifactError, first_line
+from .forms import WIDE_FLOATS, shown
 
 
 def load_model(
@@ -52,20 +56,40 @@ def load_model(
             model = model.to(PartialState().device)
         return model, AutoTokenizer.from_pretrained(name, trust_remote_code=False)
     except (OSError, ValueError, ImportError, SafetensorError) as error:
-        raise ValueError(
-            f"Can't load the model '{name}': {str(error).strip().splitlines()[0].rstrip('.')}."
-        ) from error
+        raise ValueError(f"Can't load the model '{name}': {first_line(error)}.") from error
 
 
 def load_adapter(model: PreTrainedModel, folder: Path) -> PeftModel:
     """
-    A model with the adapter of a local folder.
+    A model with the adapter of a local folder, from safetensors alone.
 
     Raises:
-        `ValueError`: If it does not fit the model.
+        [`ArtifactError`]: If it is missing, broken, or does not fit the model.
     """
+    path = folder / ADAPTER_FILE
+    if not path.is_file():  # PEFT would unpickle an `adapter_model.bin`
+        raise ArtifactError(f"There is no adapter in '{folder}': '{ADAPTER_FILE}' is missing.")
     try:
-        return PeftModel.from_pretrained(model, folder)
-    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
-        reason = str(error).splitlines()[0].rstrip(".:")
-        raise ValueError(f"The adapter in '{folder}' does not load into this base model: {reason}.") from error
+        names = _checked_names(path)
+        adapted = PeftModel.from_pretrained(model, folder)
+    except ArtifactError:
+        raise
+    except (OSError, ValueError, RuntimeError, SafetensorError, LookupError, TypeError) as error:
+        raise ArtifactError(
+            f"The adapter in '{folder}' does not load into this base model: {first_line(error)}."
+        ) from error
+    # PEFT only warns where it finds nothing for a layer, and leaves that layer's adapter as it was drawn.
+    if missing := {*get_peft_model_state_dict(adapted, save_embedding_layers=False)} - names:
+        raise ArtifactError(f"The adapter '{path}' does not fit this base model: it has no '{min(missing)}'.")
+    return adapted
+
+
+def _checked_names(path: Path) -> set[str]:
+    """Names of an adapter's tensors, which are all finite numbers."""
+    with safe_open(path, framework="pt") as file:
+        names = {*file.keys()}
+        for name in sorted(names):
+            tensor = file.get_tensor(name)
+            if tensor.dtype not in WIDE_FLOATS or not torch.isfinite(tensor.float()).all():
+                raise ArtifactError(f"The adapter '{path}' is broken: {shown(name)} does not hold finite numbers.")
+    return names

@@ -71,7 +71,7 @@ def _draw_behaviour(axes: Axes, rows: list[tuple[str, bool]], base: Behaviour, t
     for (label, color, behaviour, is_tuned), offset in zip(lines, offsets, strict=True):
         rates = [behaviour.refusal(is_tuned, unsafe, category if unsafe else None) for category, unsafe in rows]
         _draw_rates(axes, rates, np.arange(len(rows)) + offset, color, label)
-    axes.set_yticks(range(len(rows)), [category.replace("_", " ") for category, _ in rows])
+    axes.set_yticks(range(len(rows)), [category.replace("_", " ") for category, _ in rows], parse_math=False)
     axes.invert_yaxis()
     axes.set_xlim(-0.03, 1.03)
     axes.xaxis.set_major_formatter(lambda value, _: f"{value:.0%}")
@@ -111,7 +111,7 @@ def _draw_layers(axes: Axes, report: DriftReport, modules: list[str], blocks: li
     for name, drift in zip(report.layers, report.relative_drift.tolist(), strict=True):
         grid[modules.index(_module_name(name)), blocks.index(_block(name))] = drift
     axes.set_title(f"Relative drift by layer, mean {report.mean_relative_drift:.2e}", fontsize=10)
-    axes.set_yticks(range(len(modules)), modules, fontsize=8)
+    axes.set_yticks(range(len(modules)), modules, fontsize=8, parse_math=False)
     axes.set_xlabel("block")
     positive = grid[grid > 0]
     if positive.size == 0:

@@ -5,7 +5,8 @@ from os import PathLike
 from pathlib import Path
 
 from .artifacts import FOLDER, ArtifactError, load_tensors, save_tensors
-from .lora import GuardedLayer
+from .forms import check_reference, refuse
+from .lora import GuardedLayer, layer_shape
 from .penalty import LoraFactors
 
 
@@ -32,12 +33,15 @@ def load_reference(folder: str | PathLike, layers: list[GuardedLayer]) -> list[G
     if not path.exists():
         return layers
     tensors, metadata = load_tensors(path)
+    if metadata.get("kind") != "reference":
+        raise ArtifactError(f"'{path}' holds no reference factors.")
     try:
-        scaling = metadata["scaling"]
-        return [
-            replace(layer, reference=LoraFactors(tensors[f"{n}.A"], tensors[f"{n}.B"], scaling[n]))
-            for layer in layers
-            for n in [layer.name]
-        ]
-    except KeyError as error:
-        raise ArtifactError(f"The reference factors in '{path}' do not cover layer {error}.") from error
+        check_reference(tensors, metadata, {layer.name: layer_shape(layer.module) for layer in layers})
+    except ArtifactError as error:
+        raise refuse("reference factors", path, error) from error
+    scaling = metadata["scaling"]
+    return [
+        replace(layer, reference=LoraFactors(tensors[f"{n}.A"], tensors[f"{n}.B"], scaling[n]))
+        for layer in layers
+        for n in [layer.name]
+    ]

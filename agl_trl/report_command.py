@@ -8,7 +8,17 @@ from pathlib import Path
 import typer
 from peft import PeftModel
 
-from .artifacts import ADAPTER_FILE, FISHER_FILE, FOLDER, PICTURE_FILE, adapter_folder, sha256, write_atomically
+from .artifacts import (
+    ADAPTER_FILE,
+    DRIFT_FILE,
+    FISHER_FILE,
+    FOLDER,
+    PICTURE_FILE,
+    ArtifactError,
+    adapter_folder,
+    sha256,
+    write_atomically,
+)
 from .comparison import measure_behaviour
 from .data import driftcaps_requests
 from .drift import DriftReport
@@ -57,6 +67,11 @@ def report(
         statistics = FisherStatistics.from_pretrained(fisher)
     elif folder is not None and (folder / FOLDER / FISHER_FILE).is_file():
         statistics = FisherStatistics.from_pretrained(folder)
+    if folder is not None and (folder / FOLDER / DRIFT_FILE).is_file():
+        try:  # it is made anew here in any case; whoever relied on it should know
+            DriftReport.from_pretrained(folder / FOLDER / DRIFT_FILE).check_describes(folder)
+        except ArtifactError as error:
+            typer.echo(f"Note on the report that came with the adapter: {error}")
     model, tokenizer = load_model(base)
     if folder is not None:
         model = load_adapter(model, folder)

@@ -1,8 +1,10 @@
 """What a run that goes on from a checkpoint takes from it: statistics, reference factors, the budget's multiplier."""
 
+from pathlib import Path
+
 from peft import PeftModel
 
-from .artifacts import DRIFT_FILE, FISHER_FILE, FOLDER, ArtifactError, find_artifact
+from .artifacts import ADAPTER_FILE, DRIFT_FILE, FISHER_FILE, FOLDER, ArtifactError, find_artifact
 from .drift import DriftReport
 from .fisher import FisherStatistics
 from .lora import GuardedLayer, guarded_layers
@@ -39,13 +41,19 @@ def checkpoint_state(checkpoint: str, model: PeftModel) -> tuple[list[GuardedLay
     Layers with the references they started from, and the budget's multiplier; of a checkpoint of plain TRL, none.
 
     Raises:
-        [`ArtifactError`]: If the checkpoint is of a continued adapter and its start is missing.
+        [`ArtifactError`]: If the checkpoint is of a continued adapter and its start is missing, or its report is broken or of
+            another adapter.
     """
     layers = load_reference(checkpoint, guarded_layers(model))
     try:
-        report = DriftReport.from_pretrained(find_artifact(checkpoint, DRIFT_FILE))
+        location = find_artifact(checkpoint, DRIFT_FILE)
     except ArtifactError:
         return layers, 0.0
+    report = DriftReport.from_pretrained(location)  # a broken one is told: the budget would start anew without a word
+    name = layers[0].adapter
+    adapter = Path(checkpoint) / ("" if name == "default" else name) / ADAPTER_FILE
+    if report.adapter_sha256 is not None and adapter.is_file():
+        report.check_describes(adapter)
     if report.metadata.get("continued") and layers[0].reference is None:
         raise ArtifactError(
             f"Checkpoint '{checkpoint}' is of a continued adapter, but '{FOLDER}/{REFERENCE_FILE}', where it started, is missing: "

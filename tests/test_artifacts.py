@@ -1,17 +1,21 @@
 """Files are whole or refused with a reason, and the same bytes for the same content."""
 
+import json
 import random
 import subprocess
 import sys
 
 import pytest
 import torch
+from safetensors import safe_open
 from safetensors.torch import save_file
 
 from agl_trl import DriftReport, FisherStatistics, estimate_fisher
-from agl_trl.artifacts import ArtifactError, load_tensors, save_tensors
+from agl_trl.artifacts import ArtifactError, canonical_json, load_tensors, save_tensors, sha256
+from agl_trl.lora import linear_layers
+from agl_trl.resume import checkpoint_state
 
-from .models import tiny_model
+from .models import adapted, tiny_model
 
 
 @pytest.fixture(scope="module")
@@ -135,3 +139,79 @@ def test_failed_write_leaves_the_previous_file_and_nothing_else(statistics, tmp_
     (tmp_path / "file").write_text("")
     with pytest.raises(OSError, match="Cannot write"):
         statistics.save_pretrained(tmp_path / "file")
+
+
+def test_report_of_another_adapter_is_told(statistics, tmp_path):
+    model = adapted(0.1)
+    model.save_pretrained(tmp_path)
+    file = tmp_path / "adapter_model.safetensors"
+    report = DriftReport.measure(model, statistics)
+    with pytest.raises(ArtifactError, match="the report names no sha256"):
+        report.check_describes(tmp_path)
+    report.adapter_sha256, report.global_step = sha256(file), 40
+    report.check_describes(tmp_path)
+    report.check_describes(file)
+    loaded = DriftReport.from_pretrained(report.save_pretrained(tmp_path))
+    content = bytearray(file.read_bytes())
+    content[-1] ^= 1  # still a finite number
+    file.write_bytes(content)
+    with pytest.raises(ArtifactError) as caught:
+        loaded.check_describes(tmp_path)
+    assert str(caught.value) == (
+        f"The report is of another adapter: its sha256 starts with {report.adapter_sha256[:12]} (step 40), that of "
+        f"'{file}' with {sha256(file)[:12]}."
+    )
+    with pytest.raises(ArtifactError, match="there is no such file"):
+        loaded.check_describes(tmp_path / "nowhere")
+
+
+def test_checkpoint_whose_adapter_or_report_was_exchanged_is_not_resumed(statistics, tmp_path):
+    model = adapted(0.1)
+    model.save_pretrained(tmp_path)
+    report = DriftReport.measure(model, statistics)
+    report.adapter_sha256, report.budget_multiplier = sha256(tmp_path / "adapter_model.safetensors"), 0.5
+    path = report.save_pretrained(tmp_path)
+    assert checkpoint_state(str(tmp_path), model)[1] == 0.5
+    adapted(0.2).save_pretrained(tmp_path)
+    with pytest.raises(ArtifactError, match="The report is of another adapter"):
+        checkpoint_state(str(tmp_path), model)
+    path.write_bytes(path.read_bytes()[:-1])
+    with pytest.raises(ArtifactError, match="not a readable safetensors file"):
+        checkpoint_state(str(tmp_path), model)
+    path.unlink()
+    assert checkpoint_state(str(tmp_path), model)[1] == 0.0
+
+
+def test_content_is_checked_and_early_files_are_read(statistics, tmp_path):
+    path = statistics.save_pretrained(tmp_path)
+    with safe_open(path, "pt") as file:
+        assert list(file.metadata()) == ["agl"] and len(json.loads(file.metadata()["agl"])["content_sha256"]) == 64
+    content = bytearray(path.read_bytes())
+    content[-1] ^= 1
+    (tmp_path / "bad.safetensors").write_bytes(content)
+    with pytest.raises(ArtifactError, match="is damaged: its content is not what was written"):
+        FisherStatistics.from_pretrained(tmp_path / "bad.safetensors")
+    tensors, metadata = load_tensors(path)
+    save_file(tensors, tmp_path / "early.safetensors", metadata={"agl": canonical_json(metadata)})
+    early = FisherStatistics.from_pretrained(tmp_path / "early.safetensors")
+    (tmp_path / "early.safetensors").write_bytes(b"")  # the statistics in memory are not those of the file
+    assert early.save_pretrained(tmp_path / "again").read_bytes() == path.read_bytes()
+
+
+def test_version_and_base_model_that_differ_are_named(statistics, tmp_path):
+    tensors, metadata = load_tensors(statistics.save_pretrained(tmp_path))
+    path = tmp_path / "bad.safetensors"
+    for version in (0, -1, 2, True, 1.0, "1", None):
+        save_file(tensors, path, metadata={"agl": canonical_json(metadata | {"schema_version": version})})
+        with pytest.raises(ArtifactError, match=f"has schema version {version!r}; this agl_trl reads up to 1"):
+            FisherStatistics.from_pretrained(path)
+    model = tiny_model(hidden_size=64)
+    with pytest.raises(ArtifactError, match="of another base model: hidden_size is 32 there and 64 here"):
+        statistics.check_fits(model, linear_layers(model))
+    model = tiny_model("mistral")
+    with pytest.raises(ArtifactError, match="of another base model: model_type is llama there and mistral here"):
+        statistics.check_fits(model, linear_layers(model))
+    model = tiny_model(seed=1)
+    model.model.layers[0].mlp.up_proj.weight.data *= 2
+    with pytest.raises(ArtifactError, match="of other weights: the norm of layer"):
+        statistics.check_fits(model, linear_layers(model))
