@@ -41,7 +41,7 @@ def plot_drift(
     """
     behaviour = report.behaviour
     rows = _behaviour_rows(behaviour) if behaviour is not None else []
-    modules, blocks = _grid_names(report.layers)
+    modules, blocks = grid_names(report.layers)
     height = max(3.2, 0.42 * len(rows) + 1.3, 0.34 * len(modules) + 1.6)
     figure = Figure(figsize=(11 if rows else 6.5, height), layout="constrained")
     if behaviour is not None:
@@ -91,25 +91,25 @@ def _draw_rates(axes: Axes, rates: list[Rate], positions: np.ndarray, color: str
     axes.errorbar(values, positions, xerr=errors, fmt="o", color=color, label=label, markersize=5, elinewidth=1.4)
 
 
-def _grid_names(layers: list[str]) -> tuple[list[str], list[int]]:
+def grid_names(layers: list[str]) -> tuple[list[str], list[int]]:
     """Modules (such as `self_attn.q_proj`) in order of appearance, and block numbers; a layer in no block is block 0."""
-    modules = dict.fromkeys(_module_name(name) for name in layers)
-    return list(modules), sorted({_block(name) for name in layers})
+    modules = dict.fromkeys(module_of(name) for name in layers)
+    return list(modules), sorted({block_of(name) for name in layers})
 
 
-def _block(name: str) -> int:
+def block_of(name: str) -> int:
     match = BLOCK_NUMBER.search(name)
     return int(match.group(1)) if match else 0
 
 
-def _module_name(name: str) -> str:
+def module_of(name: str) -> str:
     return BLOCK_NUMBER.split(name)[-1]
 
 
 def _draw_layers(axes: Axes, report: DriftReport, modules: list[str], blocks: list[int]) -> None:
     grid = np.full((len(modules), len(blocks)), np.nan)
     for name, drift in zip(report.layers, report.relative_drift.tolist(), strict=True):
-        grid[modules.index(_module_name(name)), blocks.index(_block(name))] = drift
+        grid[modules.index(module_of(name)), blocks.index(block_of(name))] = drift
     axes.set_title(f"Relative drift by layer, mean {report.mean_relative_drift:.2e}", fontsize=10)
     axes.set_yticks(range(len(modules)), modules, fontsize=8, parse_math=False)
     axes.set_xlabel("block")

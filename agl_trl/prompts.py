@@ -97,7 +97,7 @@ def load_prompts(name: str, limit: int | None = None) -> Dataset:
     if limit is not None and limit < 1:
         raise ValueError(f"`limit` must be positive, not {limit}.")
     if name in SETS:
-        return _spread(map_rows(_from_hub(SETS[name]), SETS[name]), limit)
+        return spread(map_rows(_from_hub(SETS[name]), SETS[name]), limit)
     if name == "miniworld":
         from .demo import heldout_prompts  # takes seconds to import
 
@@ -107,7 +107,7 @@ def load_prompts(name: str, limit: int | None = None) -> Dataset:
     else:
         rows = load_rows(name) if Path(name).suffix in READERS else _from_hub(PromptSet(name, "", "", split=""))
         licence = rows.info.license or ""
-    return _spread(map_rows(rows, _guess(name, rows, licence)), limit)
+    return spread(map_rows(rows, _guess(name, rows, licence)), limit)
 
 
 def map_rows(rows: Dataset, spec: PromptSet) -> Dataset:
@@ -204,7 +204,7 @@ def _is_unsafe(value: Any, label: Label) -> bool | None:
     return True if fnmatchcase(text, label.unsafe) else False if fnmatchcase(text, label.safe) else None
 
 
-def _spread(prompts: Dataset, limit: int | None) -> Dataset:
+def spread(prompts: Dataset, limit: int | None) -> Dataset:
     """As many prompts of either label, and of every category in it, as there are, evenly spread over each."""
     if limit is None or limit >= len(prompts):
         return prompts

@@ -98,6 +98,12 @@ class Model:
                 self._model, self.tokenizer, asked, max_new_tokens=length, batch_size=len(asked), progress=False
             )
 
+    def warm_up(self) -> None:
+        """One token of every side, so that no visitor pays for first uses."""
+        for side in self.sides:
+            for _ in self.stream(side, "Hello", Decoding(length=1)):
+                pass
+
     def _encode(self, prompt: str) -> list[int]:
         plain = self.tokenizer.chat_template is None
         return prompt_ids(self.tokenizer, prompt if plain else [{"role": "user", "content": prompt}])
