@@ -2,9 +2,9 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
-SOURCES := agl_trl tests examples model_cards
+SOURCES := agl_trl tests examples model_cards spaces
 
-.PHONY: install demo test slow lint fmt miniworld clean
+.PHONY: install demo test slow lint fmt miniworld space-adapters space clean
 
 # Reinstalled only when the project's own files change.
 $(VENV)/installed: pyproject.toml constraints.txt
@@ -35,6 +35,13 @@ fmt: install
 # Rebuilds the embedded checkpoints that the package ships.
 miniworld: install
 	$(BIN)/python -m agl_trl.miniworld.build
+
+# Retrains the two adapters that the app shows by default.
+space-adapters: install
+	$(BIN)/python -m agl_trl.space.build
+
+space: install
+	$(BIN)/agl-trl space
 
 clean:
 	rm -rf $(VENV) build dist outputs *.egg-info

@@ -192,6 +192,29 @@ def attach(
     attach(adapter, base, fisher, prompts, limit, judge, create_pr, max_new_tokens, batch_size)
 
 
+@app.command()
+def space(
+    base: Annotated[
+        str | None, typer.Option(help=f"Base model: folder or Hub id; default: the adapter's; {MINIWORLD_HELP}.")
+    ] = None,
+    adapter: Annotated[
+        str | None, typer.Option(help="Adapter: folder or Hub id; default: the demo's, plain and AGL.")
+    ] = None,
+    push: Annotated[str | None, typer.Option(help="Create or update this Space instead of running here.")] = None,
+    private: Annotated[bool, typer.Option("--private", help="Make a Space that is created private.")] = False,
+    hardware: Annotated[str | None, typer.Option(help="Hardware of a new Space, such as `zero-a10g`.")] = None,
+    port: Annotated[int | None, typer.Option(help="Port on this machine; default: the first free from 7860.")] = None,
+) -> None:
+    """Compare refusals of base and fine-tuned models in the browser, on this machine or as a Space on the Hub."""
+    from .space_command import deploy, serve
+
+    _quiet()
+    if push is None:
+        serve(base, adapter, port)
+    else:
+        typer.echo(deploy(push, base, adapter, private, hardware))
+
+
 def _quiet() -> None:
     """Without the notices of the libraries below that a reader of the output can do nothing about."""
     import warnings

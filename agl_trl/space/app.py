@@ -6,6 +6,7 @@ from importlib.resources import files
 from typing import Any
 
 import gradio as gr
+from gradio.themes.utils.fonts import LocalFont
 
 from . import driftcaps_room, side_by_side_room
 from .drift_map import MEASURES, map_html
@@ -94,8 +95,18 @@ def build_app(base: str | None = None, adapter: str | None = None) -> gr.Blocks:
 def launch_options() -> dict[str, Any]:
     """Arguments of `launch()`: in Gradio 6 looks belong there."""
     folder = files(__package__)
-    theme = gr.themes.Default(
-        primary_hue="emerald", neutral_hue="slate", radius_size="md", spacing_size="md", text_size="md"
+    # Of the fonts that come with Gradio this one has all letters in bold, too.
+    font = (LocalFont("IBM Plex Sans", weights=(400, 700)), "ui-sans-serif", "system-ui", "sans-serif")
+    theme = gr.themes.Default(primary_hue="emerald", neutral_hue="slate", radius_size="md", font=font).set(
+        body_text_color_subdued="*neutral_500",  # readable on white
+        body_text_color_subdued_dark="*neutral_400",
+        block_info_text_color="*neutral_500",
+        block_info_text_color_dark="*neutral_400",
+        button_primary_background_fill="*primary_700",
+        button_primary_background_fill_hover="*primary_800",
+        button_primary_background_fill_dark="*primary_700",
+        button_large_text_size="*text_md",
+        button_large_padding="10px 18px",
     )
     return {
         "theme": theme,

@@ -18,7 +18,7 @@ MEASURES = {
     "Overlap": "overlap",
 }
 _NUMBERED = 8  # blocks up to which cells show their figures
-_CURVES = {"relative_drift": "relative drift", "loss": "loss", "penalty": "penalty"}
+_CURVES = {"relative_drift": "relative drift", "loss": "loss"}
 
 
 def read_report(side: Side) -> DriftReport:

@@ -15,7 +15,7 @@ from .driftcaps_run import (
     files_html,
     progress_html,
     run,
-    table,
+    table_html,
 )
 from .models import Models
 from .side_by_side import notice_html
@@ -49,10 +49,8 @@ def build(models: Models, base: gr.Textbox, adapter: gr.Textbox) -> None:
     with gr.Column(visible=False) as details:
         with gr.Row(elem_classes="agl-settings"):
             shown = gr.Radio(list(FILTERS), value="All", label="Show", elem_id="filter")
-            with_answers = gr.Checkbox(False, label="With answers", info="some may be unsafe", elem_id="with-answers")
-        rows = gr.Dataframe(
-            value=table(None, "All", False), interactive=False, wrap=True, max_height=420, show_search="filter", elem_id="table"
-        )
+            words = gr.Textbox(label="Filter", placeholder="words in a prompt, category or answer", max_length=200, elem_id="words")
+        rows = gr.HTML(elem_id="table")
         links = gr.HTML(elem_id="files")
 
     def go(*request: Any) -> Iterator[tuple[Any, ...]]:
@@ -68,7 +66,7 @@ def build(models: Models, base: gr.Textbox, adapter: gr.Textbox) -> None:
         yield progress_html(found, True), chart_html(found), found, files_html(found), *whole
 
     hidden: Any = dict(api_visibility="private", show_progress="hidden")
-    filtered: Any = dict(fn=table, inputs=[result, shown, with_answers], outputs=rows, **hidden)
+    filtered: Any = dict(fn=table_html, inputs=[result, shown, words], outputs=rows, **hidden)
     going = start.click(
         on_gpu(go, seconds=120),
         [name, chosen, number, length, base, adapter],
@@ -80,5 +78,5 @@ def build(models: Models, base: gr.Textbox, adapter: gr.Textbox) -> None:
     going.then(**filtered)
     stop.click(None, None, None, cancels=[going], **hidden)
     shown.input(**filtered)
-    with_answers.input(**filtered)
+    words.input(**filtered)
     name.change(lambda name: gr.Dropdown(choices=list(categories(name)), value=[]), name, chosen, **hidden)

@@ -17,12 +17,13 @@ from ..judges import StringJudge
 from ..prompts import load_prompts, spread
 from .models import Models, Side
 from .questions import LONGEST_ANSWER
+from .side_by_side import VERDICTS
 
 
 SETS = {"Embedded world": "miniworld", "DriftCaps": "driftcaps"}  # by what they are called in the app
 MOST_PROMPTS = 240
 BATCH = 16
-FILTERS = ("All", "Sides differ", "Unsafe, not refused", "Harmless, refused")
+FILTERS = ("All", "Models differ", "Unsafe, not refused", "Harmless, refused")
 
 
 @cache
@@ -159,7 +160,7 @@ def chart_html(result: Result) -> str:
         names = [name for name in by_category if expected[name] == wanted]
         lines = [_line(name.replace("_", " "), by_category[name], result.sides) for name in names]
         total = [_line("all", overall, result.sides, strong=True)] if len(names) > 1 else []
-        axis = '<div class="agl-axis" aria-hidden="true"><span>0 %</span><span>50 %</span><span>100 %</span></div>'
+        axis = '<div class="agl-axis" aria-hidden="true"><span></span><span><i>0 %</i><i>50 %</i><i>100 %</i></span></div>'
         groups.append(f"<h4>{title} <small>{better}</small></h4>{''.join(total + lines)}{axis}")
     note = "Dots are shares of refusals, bars their 95 % Wilson intervals; all answers are decoded greedily."
     return f'<figure class="agl-chart"><ul class="agl-legend">{legend}</ul>{"".join(groups)}<figcaption>{note}</figcaption></figure>'
@@ -183,30 +184,45 @@ def _line(name: str, rates: dict[str, Rate], sides: list[Side], strong: bool = F
     )
 
 
-def table(result: Result | None, shown: str, with_answers: bool) -> dict[str, Any]:
-    """Value of the table: verdicts of every prompt that passes the filter, with answers where they are asked for."""
-    sides = result.sides if result is not None else []
-    headers = ["category", "prompt", "should", *(side.title for side in sides)]
-    rows = []
-    for row in result.rows if result is not None else []:
-        labels = [row[f"label_{side.key}"] for side in sides]
-        if _passes(row["expected"], labels, shown):
-            cells = [f"{_MARKS[label]}{': ' + row['answer_' + s.key] if with_answers else ''}" for s, label in zip(sides, labels, strict=True)]
-            rows.append([row["category"].replace("_", " "), row["prompt"], row["expected"], *cells])
-    return {"headers": headers, "data": rows}
+def table_html(result: Result | None, shown: str, words: str) -> str:
+    """Verdicts of every prompt that passes the filter; answers unfold one by one, as some may be unsafe."""
+    if result is None:
+        return ""
+    chosen = [row for row in result.rows if _passes(row, result.sides, shown, (words or "").strip().lower()[:200])]
+    told = f'<p class="agl-hint" role="status">{len(chosen)} of {len(result.rows)} prompts</p>'
+    if not chosen:
+        return told
+    head = "".join(f'<th scope="col">{escape(title)}</th>' for title in ("Prompt", *(side.title for side in result.sides)))
+    lines = "".join(_row_html(row, result.sides) for row in chosen)
+    return (
+        f'{told}<div class="agl-scroll agl-tall" tabindex="0" role="region" aria-label="Verdicts">'
+        f'<table class="agl-table"><thead><tr>{head}</tr></thead><tbody>{lines}</tbody></table></div>'
+    )
 
 
-_MARKS = {"refusal": "refuses", "compliance": "does not refuse", "garbled": "not readable"}
+def _row_html(row: dict[str, Any], sides: list[Side]) -> str:
+    should = "should refuse" if row["expected"] == "refuse" else "should answer"
+    cells = []
+    for side in sides:
+        label = row[f"label_{side.key}"]
+        answer = escape(row[f"answer_{side.key}"]) or "(no words)"
+        cells.append(
+            f'<td data-title="{escape(side.title)}"><details><summary><span class="agl-badge agl-{label}">{VERDICTS[label]}</span></summary>'
+            f"<p>{answer}</p></details></td>"
+        )
+    about = f"<small>{escape(row['category'].replace('_', ' '))} · {should}</small>"
+    return f'<tr data-expected="{row["expected"]}"><th scope="row">{escape(row["prompt"])}{about}</th>{"".join(cells)}</tr>'
 
 
-def _passes(expected: str, labels: list[str], shown: str) -> bool:
-    refused = [label == "refusal" for label in labels]
-    return {
+def _passes(row: dict[str, Any], sides: list[Side], shown: str, words: str) -> bool:
+    refused = [row[f"label_{side.key}"] == "refusal" for side in sides]
+    text = " ".join(str(value) for key, value in row.items() if not key.startswith("reason")).lower()
+    return words in text.replace("_", " ") and {
         "All": True,
-        "Sides differ": len({*refused}) > 1,
-        "Unsafe, not refused": expected == "refuse" and not all(refused),
-        "Harmless, refused": expected == "comply" and any(refused),
-    }[shown]
+        "Models differ": len({*refused}) > 1,
+        "Unsafe, not refused": row["expected"] == "refuse" and not all(refused),
+        "Harmless, refused": row["expected"] == "comply" and any(refused),
+    }.get(shown, True)
 
 
 def files_html(result: Result) -> str:

@@ -151,7 +151,7 @@ class Models:
         Raises:
             `ValueError`: One sentence where it can't be had; the models that are loaded stay as they are.
         """
-        key = base.strip(), adapter.strip()
+        key = (base or "").strip(), (adapter or "").strip()
         if not key[1]:
             if key[0]:
                 raise ValueError("Name an adapter too: a base model alone is nothing to compare.")

@@ -1,4 +1,4 @@
-"""The Space: everything it does is in agl_trl.space; the variables BASE_MODEL and ADAPTER say what it compares."""
+"""The Space: all it does is in `agl_trl.space`; the variables BASE_MODEL and ADAPTER say what it compares."""
 
 from agl_trl.space import build_app, launch_options
 
