@@ -1,12 +1,14 @@
 """Environment and fixtures shared by all tests. No network: what is not made here is shipped in the package."""
 
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 
 os.environ["CI"] = "1"  # no telemetry
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"
+os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 import pytest
@@ -43,3 +45,19 @@ def demo_folder(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("demo")
     run_demo(folder, seeds=1, steps=25)
     return folder
+
+
+@pytest.fixture(scope="session")
+def space_url() -> Iterator[str]:
+    """The app as visitors of a Space meet it, with the embedded models."""
+    from agl_trl.space import build_app, launch_options
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("SPACE_ID", "alice/space")
+        for name in ("BASE_MODEL", "ADAPTER"):
+            patch.delenv(name, raising=False)
+        app = build_app()
+    # Started without the variable, which also tells Gradio to listen as it has to on the Hub.
+    url = app.launch(prevent_thread_lock=True, quiet=True, server_name="127.0.0.1", **launch_options())[1]
+    yield url
+    app.close()

@@ -214,6 +214,16 @@ class Endpoints:
         found.gated = asked.get("gated", found.gated)
         return {}
 
+    def variables(self, ask: Ask) -> dict:
+        found = self.find(ask, write=True)  # public in the page, yet the API is for those who may write
+        if ask.body:
+            asked = ask.json
+            if "value" in asked:
+                found.variables[asked["key"]] = asked["value"]
+            else:
+                found.variables.pop(asked["key"], None)
+        return {key: {"value": value} for key, value in found.variables.items()}
+
     def auth_check(self, ask: Ask) -> dict:
         self.find(ask, write=ask.path == "write", gate=True)
         return {}

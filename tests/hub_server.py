@@ -47,6 +47,7 @@ ENDPOINTS = [
     ("refs", "GET", _REPO + r"/refs"),
     ("branch", "POST", _REPO + r"/branch/(?P<rev>[^/]+)"),
     ("tag", "POST", _REPO + r"/tag/(?P<rev>[^/]+)"),
+    ("variables", "GET|POST|DELETE", _REPO + r"/variables"),
     ("settings", "PUT", _REPO + r"/settings"),
     ("auth-check", "GET", _REPO + r"/auth-check(?:/(?P<path>write))?"),
     ("info", "GET", _REPO + r"(?:/revision/(?P<rev>[^/]+))?"),
@@ -56,6 +57,7 @@ ROUTES = [(name, re.compile(f"(?:{method}) {path}")) for name, method, path in E
 # (X-Error-Code, message) of injected answers, as the real Hub gives them.
 REASONS = {
     401: ("", "Invalid credentials in Authorization header"),
+    402: ("", "You need a PRO subscription for this"),
     403: ("", RIGHTS),
     404: ("RepoNotFound", "Repository not found"),
     409: ("", "A conflicting commit is in progress"),

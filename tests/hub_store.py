@@ -83,6 +83,7 @@ class Repo:
         self.kind, self.id, self.private, self.sdk = kind, id, private, sdk
         self.owner = id.split("/")[0]
         self.gated: str | Literal[False] = False
+        self.variables: dict[str, str] = {}  # of a Space
         self.granted: set[str] = set()  # users let in by the gate, besides the owner
         self.commits: dict[str, Commit] = {}
         self.refs: dict[str, dict[str, str]] = {"heads": {}, "tags": {}, "pr": {}}

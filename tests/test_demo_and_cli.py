@@ -143,12 +143,12 @@ def test_unreadable_rows_and_adapters_are_one_sentence(demo_folder, tmp_path, mo
 
 
 def test_help_is_instant_and_imports_nothing_heavy():
-    code = "import sys; import agl_trl, agl_trl.cli; sys.exit(any(m in sys.modules for m in ('torch', 'transformers', 'trl')))"
+    code = "import sys; import agl_trl, agl_trl.cli; sys.exit(any(m in sys.modules for m in ('torch', 'transformers', 'trl', 'gradio')))"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
     shown = subprocess.run(
         [sys.executable, "-m", "agl_trl", "--help"], capture_output=True, text=True, check=True
     ).stdout
-    assert all(name in shown for name in ("demo", "fisher", "drift"))
+    assert all(name in shown for name in ("demo", "fisher", "drift", "space"))
 
 
 OUTSIDE = """
@@ -156,18 +156,21 @@ import agl_trl, sys
 from agl_trl.driftcaps import load_driftcaps
 from agl_trl.miniworld import load_model, load_tokenizer
 from agl_trl.model_card import files
+from agl_trl.space import build_app, launch_options
 assert agl_trl.__file__.startswith(sys.argv[1]), agl_trl.__file__
 assert load_model("base").num_parameters() == load_model("aligned").num_parameters() < 2_000_000
 assert load_tokenizer().chat_template
 assert len(load_driftcaps("all")) > 900 and files("agl_trl.driftcaps").joinpath("README.md").is_file()
 assert files("agl_trl.model_cards").joinpath("evidence.md.jinja").is_file()
+assert files("agl_trl.space_template").joinpath("app.py").is_file()
+assert build_app().blocks and launch_options()["css"]
 """
 
 
 def test_wheel_works_outside_the_checkout(tmp_path):
     source = tmp_path / "source"
     ignore = shutil.ignore_patterns("__pycache__", "*.egg-info")
-    for name in ("agl_trl", "model_cards"):
+    for name in ("agl_trl", "model_cards", "spaces"):
         shutil.copytree(ROOT / name, source / name, ignore=ignore)
     for name in ("pyproject.toml", "README.md", "LICENSE"):
         shutil.copy(ROOT / name, source / name)

@@ -120,7 +120,11 @@ def summary(result: Result) -> dict[str, Any]:
 
     def told(rates: dict[str, Rate]) -> dict[str, Any]:
         return {
-            side.title: {"refused": rates[side.key].count, "of": rates[side.key].total, "interval": rates[side.key].interval}
+            side.title: {
+                "refused": rates[side.key].count,
+                "of": rates[side.key].total,
+                "interval": [round(float(bound), 4) for bound in rates[side.key].interval],
+            }
             for side in result.sides
         }
 
