@@ -218,7 +218,7 @@ def adapter_folder(location: str | os.PathLike, revision: str | None = None) -> 
     return path
 
 
-def from_hub(download: Callable[..., str], repo_id: str, *args: Any, **kwargs: Any) -> str:
+def from_hub(download: Callable[..., Any], repo_id: str, *args: Any, **kwargs: Any) -> Any:
     """
     Call a download function of the Hub's client.
 

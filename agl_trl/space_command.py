@@ -48,7 +48,9 @@ def deploy(
     """
     for name in (base, adapter):
         if name and name != "miniworld" and (not REPO_ID.fullmatch(name) or Path(name).exists()):
-            raise ValueError(f"A Space can't read '{name}' from this machine: push it and give its id, such as user/name.")
+            raise ValueError(
+                f"A Space can't read '{name}' from this machine: push it and give its id, such as user/name."
+            )
     if base and not adapter:
         raise ValueError("Give `--adapter` too: a base model alone is nothing to compare.")
     try:
@@ -62,7 +64,9 @@ def deploy(
     with tempfile.TemporaryDirectory() as folder:
         write_space(Path(folder), [name for name in (base, adapter) if name and name != "miniworld"])
         _set_variables(repo_id, {"BASE_MODEL": base, "ADAPTER": adapter})
-        push_folder(folder, repo_id, message="Compare refusals with agl_trl", files=_names(Path(folder)), repo_type="space")
+        push_folder(
+            folder, repo_id, message="Compare refusals with agl_trl", files=_names(Path(folder)), repo_type="space"
+        )
     return f"{os.environ.get('HF_ENDPOINT', 'https://huggingface.co')}/spaces/{repo_id}"
 
 

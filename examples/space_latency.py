@@ -26,7 +26,9 @@ def main(rounds: int = 5) -> None:
         for name, told in found.items():
             waits[name].append(told)
     for name, values in waits.items():
-        print(f"{name:<18}first visitor {values[0]:.2f} s, median {statistics.median(values):.2f} s, slowest {max(values):.2f} s")
+        print(
+            f"{name:<18}first visitor {values[0]:.2f} s, median {statistics.median(values):.2f} s, slowest {max(values):.2f} s"
+        )
     app.close()
 
 

@@ -83,7 +83,7 @@ def test_driftcaps_run(client):
     job = client.submit("Embedded world", ["privacy", "look-alikes"], 20, 48, api_name="/driftcaps_run")
     final = job.result(timeout=60)
     assert len(final["rows"]) == 20 and set(final["categories"]) == {"privacy", "look-alikes"}
-    assert [len(step["rows"]) for step in job.outputs()][0] == 0 and len(job.outputs()) >= 2
+    assert job.outputs()[0]["rows"] == [] and len(job.outputs()) >= 2
     unsafe = final["unsafe"]
     assert unsafe["Base model"]["refused"] == unsafe["LoRA with AGL"]["refused"] == unsafe["Plain LoRA"]["of"] == 10
     assert unsafe["Plain LoRA"]["refused"] == 0 and unsafe["Plain LoRA"]["interval"][1] > 0.2
@@ -234,7 +234,9 @@ def test_visitors_do_not_read_what_only_the_owner_may(hub, online):
     put(ADAPTERS / "agl", "alice/secret", private=True)
     with pytest.raises(ValueError, match="Can't read 'alice/secret'"):
         Models(hosted=True).get(EMBEDDED, "alice/secret")
-    assert Models(EMBEDDED, "alice/secret", hosted=True).own.sides[1].detail == "alice/secret"  # the owner's own choice
+    assert (
+        Models(EMBEDDED, "alice/secret", hosted=True).own.sides[1].detail == "alice/secret"
+    )  # the owner's own choice
 
 
 def test_broken_adapters_get_a_sentence(hub, online, tmp_path, models):
@@ -284,7 +286,9 @@ def test_downloads_hold_every_row(models):
     result.rows[0]["answer_base"] = '=cmd|" /C calc"!A0'
     csv, jsonl = driftcaps_run.as_csv(result), driftcaps_run.as_jsonl(result)
     assert len(jsonl.splitlines()) == 5 and "'=cmd" in csv and '"=cmd' in jsonl
-    assert "5 of 5" in driftcaps_run.table_html(result, "All", "") and "<details>" in driftcaps_run.table_html(result, "All", "")
+    assert "5 of 5" in driftcaps_run.table_html(result, "All", "") and "<details>" in driftcaps_run.table_html(
+        result, "All", ""
+    )
     assert "0 of 5" in driftcaps_run.table_html(result, "Harmless, refused", "")
     assert "0 of 5" in driftcaps_run.table_html(result, "All", "no such word")
 

@@ -43,7 +43,9 @@ def open_page(browser, space_url) -> Iterator:
     opened, said = [], []
 
     def open_(path: str = "", width: int = 1280, theme: str = "light"):
-        context = browser.new_context(viewport={"width": width, "height": 900}, permissions=["clipboard-read", "clipboard-write"])
+        context = browser.new_context(
+            viewport={"width": width, "height": 900}, permissions=["clipboard-read", "clipboard-write"]
+        )
         page = context.new_page()
         page.set_default_timeout(20_000)
         page.on("console", lambda message: said.append(message.text) if message.type == "error" else None)
@@ -113,14 +115,20 @@ def test_by_keyboard(open_page):
     page.focus("#prompt textarea")
     for _ in range(30):
         page.keyboard.press("Tab")
-        reached.add(page.evaluate("document.activeElement.id || document.activeElement.className.split(' ').find(c => c == 'agl-copy') || ''"))
+        reached.add(
+            page.evaluate(
+                "document.activeElement.id || document.activeElement.className.split(' ').find(c => c == 'agl-copy') || ''"
+            )
+        )
     assert {"ask", "stop", "clear", "link", "agl-copy"} <= reached
     page.focus(".agl-copy >> nth=0")
     page.keyboard.press("Enter")
     page.wait_for_function("document.querySelector('.agl-copy').textContent == 'Copied'")
     assert "hazelnut" in page.evaluate("navigator.clipboard.readText()")
-    page.focus("button[role=tab] >> nth=0")
-    page.keyboard.press("ArrowRight")
+    page.focus("#prompt textarea")
+    page.keyboard.press("Shift+Tab")
+    assert page.evaluate("document.activeElement.textContent.trim()") == "Drift map"
+    page.keyboard.press("Shift+Tab")
     page.keyboard.press("Enter")
     page.wait_for_selector("#run", state="visible")
 

@@ -24,7 +24,9 @@ def test_space_is_made_in_one_commit(hub, online):
     assert repo.variables == {"BASE_MODEL": "alice/model", "ADAPTER": "alice/adapter"}
     commit, first = repo.history()
     assert first.title == "initial commit"
-    assert {"app.py", "README.md", "requirements.txt", "agl_trl/space/app.py", "agl_trl/space/style.css"} <= {*commit.files}
+    assert {"app.py", "README.md", "requirements.txt", "agl_trl/space/app.py", "agl_trl/space/style.css"} <= {
+        *commit.files
+    }
     assert not any("__pycache__" in name or "checkpoints/base" in name for name in commit.files)
     front = yaml.safe_load(commit.files["README.md"].data.decode().split("---")[1])
     assert front["sdk"] == "gradio" and front["models"] == ["alice/model", "alice/adapter"]
@@ -78,7 +80,18 @@ def test_what_a_space_could_not_read_is_refused_first(hub, online, tmp_path):
 
 
 def test_command(hub, tmp_path):
-    command = [sys.executable, "-m", "agl_trl", "space", "--push", SPACE, "--adapter", "alice/adapter", "--base", "miniworld"]
+    command = [
+        sys.executable,
+        "-m",
+        "agl_trl",
+        "space",
+        "--push",
+        SPACE,
+        "--adapter",
+        "alice/adapter",
+        "--base",
+        "miniworld",
+    ]
     done = subprocess.run(command, capture_output=True, text=True, env=hub_environment(hub, tmp_path), check=False)
     assert done.returncode == 0 and done.stdout.strip() == f"{hub.url}/spaces/{SPACE}", done.stderr
 
@@ -87,7 +100,9 @@ def test_pushed_files_run_by_themselves(tmp_path):
     """As on the Hub: only the files of the commit, with what requirements.txt names."""
     write_space(tmp_path, [])
     code = "import agl_trl, app; print(agl_trl.__file__); print(len(app.app.blocks) > 20)"
-    environment = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"} | {"SPACE_ID": "alice/space"}
+    environment = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"} | {
+        "SPACE_ID": "alice/space"
+    }
     done = subprocess.run(
         [sys.executable, "-c", code], cwd=tmp_path, env=environment, capture_output=True, text=True, check=False
     )

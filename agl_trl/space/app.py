@@ -115,20 +115,29 @@ def launch_options() -> dict[str, Any]:
         "footer_links": ["api", "settings"],
         "ssr_mode": False,
         "enable_monitoring": False,
+        "run_history": False,  # Gradio would keep what was typed in the browser
     }
 
 
 def names_html(model: Model) -> str:
-    shown = "".join(f'<li class="agl-side-{side.key}"><i></i><b>{side.title}</b> {escape(side.detail)}</li>' for side in model.sides)
+    shown = "".join(
+        f'<li class="agl-side-{side.key}"><i></i><b>{side.title}</b> {escape(side.detail)}</li>'
+        for side in model.sides
+    )
     return f'<ul class="agl-legend agl-names">{shown}</ul>'
 
 
 def _model_bar(models: Models) -> tuple[gr.HTML, gr.Textbox, gr.Textbox, gr.Button]:
     names = gr.HTML(names_html(models.own), elem_id="models")
     with gr.Accordion("Compare other models", open=False), gr.Row(equal_height=True, elem_classes="agl-models"):
-        base = gr.Textbox(label="Base model", placeholder="from the adapter's configuration", max_length=200, elem_id="base")
+        base = gr.Textbox(
+            label="Base model", placeholder="from the adapter's configuration", max_length=200, elem_id="base"
+        )
         adapter = gr.Textbox(
-            label="Adapter", placeholder="user/adapter on the Hub; empty: this app's own", max_length=200, elem_id="adapter"
+            label="Adapter",
+            placeholder="user/adapter on the Hub; empty: this app's own",
+            max_length=200,
+            elem_id="adapter",
         )
         load = gr.Button("Load", elem_id="load", scale=0, min_width=120)
     return names, base, adapter, load

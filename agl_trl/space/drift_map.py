@@ -106,13 +106,19 @@ def _adapter_html(side: Side, report: DriftReport | ArtifactError, measure: str,
 def _tiles(report: DriftReport) -> str:
     total = report.relative_drift.sum()
     share = (report.alignment_energy.sum() / total).item() if total > 0 else 0.0
-    tiles = [("mean relative drift", f"{report.mean_relative_drift:.2e}"), ("in alignment subspace", f"{share:.0%}")]
+    tiles = [("mean relative drift", f"{report.mean_relative_drift:.2e}"), ("in alignment subspace", _percent(share))]
     if report.behaviour is not None:
         for unsafe, label in ((True, "unsafe refused"), (False, "harmless refused")):
             if (report.behaviour.unsafe == unsafe).any():
                 before, after = (report.behaviour.refusal(tuned, unsafe).value for tuned in (False, True))
-                tiles.append((label, f"{before:.0%} → {after:.0%}"))
-    return f'<dl class="agl-tiles">{"".join(f"<div><dt>{name}</dt><dd>{value}</dd></div>" for name, value in tiles)}</dl>'
+                tiles.append((label, f"{_percent(before)} → {_percent(after)}"))
+    return (
+        f'<dl class="agl-tiles">{"".join(f"<div><dt>{name}</dt><dd>{value}</dd></div>" for name, value in tiles)}</dl>'
+    )
+
+
+def _percent(share: float) -> str:
+    return f"{round(100 * share, 1):g} %"
 
 
 def _heat_map(report: DriftReport, measure: str, scale: tuple[float, float]) -> str:
@@ -124,7 +130,9 @@ def _heat_map(report: DriftReport, measure: str, scale: tuple[float, float]) -> 
     head = "".join(f'<th scope="col">{block}</th>' for block in blocks)
     rows = []
     for module in modules:
-        line = "".join(_cell(cells.get((module, block)), f"block {block}, {module}", scale, len(blocks)) for block in blocks)
+        line = "".join(
+            _cell(cells.get((module, block)), f"block {block}, {module}", scale, len(blocks)) for block in blocks
+        )
         # The part that tells modules apart comes last, and is what a narrow screen has room for.
         rows.append(f'<tr><th scope="row" title="{escape(module)}">{escape(module.split(".")[-1])}</th>{line}</tr>')
     return (
@@ -138,7 +146,9 @@ def _cell(value: float | None, where: str, scale: tuple[float, float], blocks: i
         return "<td></td>"
     low, high = (math.log(bound) for bound in scale)
     heat = 0.0 if value <= 0 else 1.0 if high == low else (math.log(value) - low) / (high - low)
-    text = f"{value:.0e}".replace("e-0", "e-") if blocks <= _NUMBERED else f'<span class="agl-unseen">{value:.1e}</span>'
+    text = (
+        f"{value:.0e}".replace("e-0", "e-") if blocks <= _NUMBERED else f'<span class="agl-unseen">{value:.1e}</span>'
+    )
     hot = " class=agl-hot" if heat > 0.5 else ""
     return f'<td{hot} style="--heat:{100 * heat:.0f}%" title="{escape(where)}: {value:.2e}">{text}</td>'
 
@@ -166,7 +176,11 @@ def _history(report: DriftReport) -> str:
         for name, title in _CURVES.items()
         if name in report.history and len(steps) > 1 and report.history[name].abs().max() > 0
     ]
-    body = f'<div class="agl-curves">{"".join(curves)}</div>' if curves else '<p class="agl-hint">The report has no training history.</p>'
+    body = (
+        f'<div class="agl-curves">{"".join(curves)}</div>'
+        if curves
+        else '<p class="agl-hint">The report has no training history.</p>'
+    )
     return f"<h4>During training</h4>{body}"
 
 

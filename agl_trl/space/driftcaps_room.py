@@ -35,10 +35,17 @@ def build(models: Models, base: gr.Textbox, adapter: gr.Textbox) -> None:
         gr.HTML(notice_html(NOTE, "info"))
     with gr.Row(elem_classes="agl-settings"):
         name = gr.Radio(list(SETS), value=first, label="Prompts", elem_id="set")
-        number = gr.Slider(8, MOST_PROMPTS, value=64, step=8, label="Number", info="spread over categories", elem_id="number")
+        number = gr.Slider(
+            8, MOST_PROMPTS, value=64, step=8, label="Number", info="spread over categories", elem_id="number"
+        )
         length = gr.Slider(8, 128, value=48, step=8, label="Longest answer", info="in tokens", elem_id="run-length")
     chosen = gr.Dropdown(
-        list(categories(first)), value=[], multiselect=True, label="Categories", info="none chosen: all", elem_id="categories"
+        list(categories(first)),
+        value=[],
+        multiselect=True,
+        label="Categories",
+        info="none chosen: all",
+        elem_id="categories",
     )
     with gr.Row(elem_classes="agl-actions"):
         start = gr.Button("Run", variant="primary", elem_id="run", min_width=120)
@@ -49,7 +56,9 @@ def build(models: Models, base: gr.Textbox, adapter: gr.Textbox) -> None:
     with gr.Column(visible=False) as details:
         with gr.Row(elem_classes="agl-settings"):
             shown = gr.Radio(list(FILTERS), value="All", label="Show", elem_id="filter")
-            words = gr.Textbox(label="Filter", placeholder="words in a prompt, category or answer", max_length=200, elem_id="words")
+            words = gr.Textbox(
+                label="Filter", placeholder="words in a prompt, category or answer", max_length=200, elem_id="words"
+            )
         rows = gr.HTML(elem_id="table")
         links = gr.HTML(elem_id="files")
 

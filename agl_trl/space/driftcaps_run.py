@@ -64,7 +64,10 @@ class Result:
         names = {row["category"]: row["expected"] for row in self.rows}
         ordered = sorted(names, key=lambda name: (names[name] == "comply", name))
         return {
-            name: {side.key: self._rate(side, [row for row in self.rows if row["category"] == name]) for side in self.sides}
+            name: {
+                side.key: self._rate(side, [row for row in self.rows if row["category"] == name])
+                for side in self.sides
+            }
             for name in ordered
         }
 
@@ -103,7 +106,12 @@ def run(
         batch = rows.select(range(start, min(start + BATCH, len(rows))))
         questions = [prompt[-1]["content"] for prompt in batch["prompt"]]
         found: list[dict[str, Any]] = [
-            {"id": row["id"], "category": row["category"], "expected": "refuse" if row["unsafe"] else "comply", "prompt": q}
+            {
+                "id": row["id"],
+                "category": row["category"],
+                "expected": "refuse" if row["unsafe"] else "comply",
+                "prompt": q,
+            }
             for row, q in zip(batch, questions, strict=True)
         ]
         for side in model.sides:
@@ -196,7 +204,9 @@ def table_html(result: Result | None, shown: str, words: str) -> str:
     told = f'<p class="agl-hint" role="status">{len(chosen)} of {len(result.rows)} prompts</p>'
     if not chosen:
         return told
-    head = "".join(f'<th scope="col">{escape(title)}</th>' for title in ("Prompt", *(side.title for side in result.sides)))
+    head = "".join(
+        f'<th scope="col">{escape(title)}</th>' for title in ("Prompt", *(side.title for side in result.sides))
+    )
     lines = "".join(_row_html(row, result.sides) for row in chosen)
     return (
         f'{told}<div class="agl-scroll agl-tall" tabindex="0" role="region" aria-label="Verdicts">'
@@ -245,7 +255,9 @@ def as_csv(result: Result) -> str:
     writer = csv.DictWriter(file, list(result.rows[0]), lineterminator="\n")
     writer.writeheader()
     for row in result.rows:  # a spreadsheet would run a cell that begins like a formula
-        writer.writerow({key: f"'{value}" if value.startswith(("=", "+", "-", "@", "\t")) else value for key, value in row.items()})
+        writer.writerow(
+            {key: f"'{value}" if value.startswith(("=", "+", "-", "@", "\t")) else value for key, value in row.items()}
+        )
     return file.getvalue()
 
 

@@ -62,7 +62,9 @@ class Model:
         settings = model.config.get_text_config().to_dict()
         self.context: int | None = settings.get("max_position_embeddings")
         ends = model.generation_config.eos_token_id
-        self._ends = {ends, tokenizer.eos_token_id} if isinstance(ends, int) else {*(ends or ()), tokenizer.eos_token_id}
+        self._ends = (
+            {ends, tokenizer.eos_token_id} if isinstance(ends, int) else {*(ends or ()), tokenizer.eos_token_id}
+        )
 
     def stream(self, side: Side, prompt: str, decoding: Decoding) -> Iterator[tuple[str, int]]:
         """
@@ -187,9 +189,11 @@ class _Access:
             return Path(name)
         if largest < float("inf"):
             info = from_hub(HfApi().model_info, name, files_metadata=True, token=self.token)
-            size = sum(file.size or 0 for file in info.siblings if file.rfilename.endswith(".safetensors"))  # type: ignore[attr-defined]
+            size = sum(file.size or 0 for file in info.siblings if file.rfilename.endswith(".safetensors"))
             if size > largest:
-                raise ValueError(f"'{name}' has {size / 1e9:.0f} GB, more than this Space loads ({largest / 1e9:.0f} GB).")
+                raise ValueError(
+                    f"'{name}' has {size / 1e9:.0f} GB, more than this Space loads ({largest / 1e9:.0f} GB)."
+                )
         return Path(from_hub(snapshot_download, name, allow_patterns=files, token=self.token))
 
 
@@ -216,15 +220,20 @@ def _embedded() -> Model:
 
 def _load(base: str, adapter: str, access: _Access) -> Model:
     folder = access.folder(adapter, _ADAPTER_FILES, access.largest_adapter)
+    paths = {str(folder): adapter}
     try:
         adapter_folder(folder)
         base = base or _base_of(folder, adapter)
         _check_name(base, "base model", hosted=access.token is False)
         source = base if base == EMBEDDED else str(access.folder(base, _BASE_FILES, access.largest_base))
+        paths[source] = base
         model, tokenizer = load_model(source)
         adapted = load_adapter(model, folder)
     except ValueError as error:
-        raise ValueError(str(error).replace(str(folder), adapter)) from error  # no path of this machine
+        text = str(error)
+        for path, name in paths.items():  # visitors named repos, and need no path of this machine
+            text = text.replace(path, name)
+        raise ValueError(text) from error
     sides = [Side("base", "Base model", base), Side("agl", "Fine-tuned", adapter, folder)]
     return Model(adapted, tokenizer, sides, embedded=base == EMBEDDED)
 

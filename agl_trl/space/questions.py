@@ -28,7 +28,11 @@ def checked_decoding(temperature: float, seed: float, length: float) -> Decoding
     Raises:
         `ValueError`: If one is missing or out of its range.
     """
-    values = (("temperature", temperature, 0, HOTTEST), ("seed", seed, 0, LARGEST_SEED), ("length", length, 1, LONGEST_ANSWER))
+    values = (
+        ("temperature", temperature, 0, HOTTEST),
+        ("seed", seed, 0, LARGEST_SEED),
+        ("length", length, 1, LONGEST_ANSWER),
+    )
     for name, value, low, high in values:
         if value is None or not low <= value <= high:  # NaN is in no range
             raise ValueError(f"The {name} must be between {low} and {high:g}.")

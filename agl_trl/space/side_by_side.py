@@ -71,7 +71,8 @@ def answers(
 def _fill(pane: Pane, model: Model, question: str, decoding: Decoding) -> Iterator[None]:
     start = time.perf_counter()
     pane.state = "writing"
-    for pane.text, pane.tokens in model.stream(pane.side, question, decoding):
+    for text, tokens in model.stream(pane.side, question, decoding):
+        pane.text, pane.tokens = text, tokens
         pane.seconds = time.perf_counter() - start
         pane.verdict = StringJudge()([question], [pane.text])[0]
         yield
@@ -152,5 +153,3 @@ def _footer(pane: Pane) -> str:
         f'<button type="button" class="agl-copy" data-copy="{escape(pane.text)}" aria-label="Copy the answer of {escape(pane.side.title)}">Copy'
         "</button></footer>"
     )
-
-

@@ -23,12 +23,29 @@ def build(models: Models, base: gr.Textbox, adapter: gr.Textbox) -> tuple[gr.HTM
 
     ask = on_gpu(ask)
     prompt = gr.Textbox(
-        label="Your question", placeholder="Ask all models the same…", lines=1, max_lines=6, elem_id="prompt", autofocus=True
+        label="Your question",
+        placeholder="Ask all models the same…",
+        lines=1,
+        max_lines=6,
+        elem_id="prompt",
+        autofocus=True,
     )
     with gr.Row(elem_classes="agl-settings"):
-        temperature = gr.Slider(0, HOTTEST, value=0, step=0.1, label="Temperature", info="0 is greedy", elem_id="temperature")
-        length = gr.Slider(8, LONGEST_ANSWER, value=64, step=8, label="Longest answer", info="in tokens", elem_id="length")
-        seed = gr.Number(value=0, precision=0, minimum=0, maximum=LARGEST_SEED, label="Seed", info="for temperatures above 0", elem_id="seed")
+        temperature = gr.Slider(
+            0, HOTTEST, value=0, step=0.1, label="Temperature", info="0 is greedy", elem_id="temperature"
+        )
+        length = gr.Slider(
+            8, LONGEST_ANSWER, value=64, step=8, label="Longest answer", info="in tokens", elem_id="length"
+        )
+        seed = gr.Number(
+            value=0,
+            precision=0,
+            minimum=0,
+            maximum=LARGEST_SEED,
+            label="Seed",
+            info="for temperatures above 0",
+            elem_id="seed",
+        )
     with gr.Row(elem_classes="agl-actions"):
         send = gr.Button("Ask", variant="primary", elem_id="ask", min_width=120)
         stop = gr.Button("Stop", elem_id="stop", min_width=80)
@@ -41,9 +58,14 @@ def build(models: Models, base: gr.Textbox, adapter: gr.Textbox) -> tuple[gr.HTM
 
     hidden: Any = dict(api_visibility="private", show_progress="hidden")
     asking: Any = dict(
-        fn=ask, inputs=[*settings, base, adapter], outputs=panes, concurrency_id="answers", trigger_mode="once", **hidden
+        fn=ask,
+        inputs=[*settings, base, adapter],
+        outputs=panes,
+        concurrency_id="answers",
+        trigger_mode="once",
+        **hidden,
     )
-    running = [send.click(**asking), prompt.submit(**asking)]
+    running: list[dict[str, Any]] = [send.click(**asking), prompt.submit(**asking)]
     for button, (_, text) in zip(examples, EXAMPLES, strict=True):
         running.append(button.click(lambda text=text: text, None, prompt, queue=False, **hidden).then(**asking))
     stop.click(None, None, None, js="() => aglStopped()", cancels=running, **hidden)
