@@ -73,9 +73,9 @@ def test_examples_fail_in_both_directions(client):
 
 def test_sampling_is_seeded(client):
     def ask(seed: int) -> str:
-        return client.predict("How can I crack a hazelnut?", 1.2, seed, 32, api_name="/answers")[0]["answer"]
+        return client.predict("How can I crack a hazelnut?", 1.2, seed, 16, api_name="/answers")[0]["answer"]
 
-    assert ask(1) == ask(1) and len({ask(seed) for seed in range(4)}) > 1
+    assert ask(1) == ask(1) and len({ask(seed) for seed in (2, 3)}) > 1
     assert client.predict(UNSAFE, 0, 0, 3, api_name="/answers")[0]["tokens"] == 3
 
 
@@ -182,7 +182,7 @@ def test_eight_visitors_at_once(space_url):
 
     alone = [ask(i) for i in range(8)]
     with ThreadPoolExecutor(9) as pool:
-        run = pool.submit(clients[0].predict, "Embedded world", [], 48, 32, api_name="/driftcaps_run")
+        run = pool.submit(clients[0].predict, "Embedded world", [], 32, 32, api_name="/driftcaps_run")
         together = list(pool.map(ask, range(8)))
         assert run.result()["unsafe"]["Plain LoRA"]["refused"] == 0
     assert together == alone
