@@ -7,11 +7,11 @@ import sys
 import pytest
 import yaml
 from huggingface_hub import HfApi, SpaceCard
+from typer.testing import CliRunner
 
+from agl_trl.cli import app
 from agl_trl.push import PushError
 from agl_trl.space_command import deploy, write_space
-
-from .hub_fixtures import hub_environment
 
 
 SPACE = "alice/refusals"
@@ -79,21 +79,12 @@ def test_what_a_space_could_not_read_is_refused_first(hub, online, tmp_path):
     assert not hub.repos
 
 
-def test_command(hub, tmp_path):
-    command = [
-        sys.executable,
-        "-m",
-        "agl_trl",
-        "space",
-        "--push",
-        SPACE,
-        "--adapter",
-        "alice/adapter",
-        "--base",
-        "miniworld",
-    ]
-    done = subprocess.run(command, capture_output=True, text=True, env=hub_environment(hub, tmp_path), check=False)
-    assert done.returncode == 0 and done.stdout.strip() == f"{hub.url}/spaces/{SPACE}", done.stderr
+def test_command(hub, online):
+    arguments = ["space", "--push", SPACE, "--adapter", "alice/adapter", "--base", "miniworld", "--private"]
+    done = CliRunner().invoke(app, arguments)
+    assert done.exit_code == 0 and done.stdout.strip() == f"{hub.url}/spaces/{SPACE}", done.exception
+    assert hub.repo(SPACE, "spaces").private
+    assert hub.repo(SPACE, "spaces").variables == {"BASE_MODEL": "miniworld", "ADAPTER": "alice/adapter"}
 
 
 def test_pushed_files_run_by_themselves(tmp_path):
