@@ -220,6 +220,12 @@ def base_weight(module: nn.Module) -> Tensor:
     if type(base.weight).__name__ == "Int8Params":  # which PEFT's general function breaks on a CPU, by moving it
         weight = dequantize_bnb_weight(base.weight, state=base.state).float()
     else:
+        state = getattr(base.weight, "quant_state", None)
+        if getattr(state, "packing_format_for_cpu", False):  # PEFT's function would read noise
+            raise ValueError(
+                "bitsandbytes has packed the 4-bit weights for inference on this CPU, after which they pass no gradient on: load the "
+                "model again, and train or measure before anything is generated with it."
+            )
         weight = whole(dequantize_module_weight(base).detach()).float()  # as it is where it is not quantised
     weight = weight.mT if isinstance(base, Conv1D) else weight
     if tuple(weight.shape) != layer_shape(module):

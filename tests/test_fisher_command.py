@@ -31,7 +31,7 @@ def run(*arguments: str):
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory, tokenizer):
     folder = tmp_path_factory.mktemp("base")
-    tiny_model(hidden_size=64, intermediate_size=64).save_pretrained(folder)
+    tiny_model(hidden_size=256, intermediate_size=256).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return folder
 

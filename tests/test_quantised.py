@@ -2,10 +2,10 @@
 
 import pytest
 import torch
-from transformers import BitsAndBytesConfig
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
-from agl_trl import AGLSFTConfig, AGLSFTTrainer, DriftReport, FisherStatistics
-from agl_trl.lora import base_weight, guarded_layers
+from agl_trl import AGLSFTConfig, AGLSFTTrainer, DriftReport, FisherStatistics, estimate_fisher
+from agl_trl.lora import base_weight, guarded_layers, linear_layers
 
 from .models import tiny_model
 from .test_sft_trainer import COMMON, lora
@@ -81,3 +81,30 @@ def test_statistics_of_the_whole_model_fit_its_quantised_form(
         assert error < 0.15
     trainer.train()
     assert FisherStatistics.from_pretrained(tmp_path / "published").num_tokens == trainer.statistics.num_tokens
+
+
+@pytest.mark.parametrize("quantisation", QUANTISATIONS)
+def test_weights_are_read_right_before_and_after_inference(quantisation, folder, tokenizer, alignment_rows):
+    """On CPUs with AVX512-BF16 bitsandbytes repacks 4-bit weights at the first inference."""
+    model = AutoModelForCausalLM.from_pretrained(folder, quantization_config=QUANTISATIONS[quantisation]).eval()
+    before = {name: base_weight(module) for name, module in linear_layers(model).items()}
+    statistics = estimate_fisher(model, alignment_rows, tokenizer, rank=8, progress=False)
+    embedded = model.get_input_embeddings()(torch.arange(4, 20)[None]).detach().requires_grad_()
+    (gradient,) = torch.autograd.grad(model.train()(inputs_embeds=embedded).logits.sum(), embedded)
+    for name, module in linear_layers(model).items():
+        assert torch.equal(base_weight(module), before[name]), name
+    statistics.check_fits(model, linear_layers(model))
+    twin = AutoModelForCausalLM.from_pretrained(folder, quantization_config=QUANTISATIONS[quantisation]).train()
+    (expected,) = torch.autograd.grad(twin(inputs_embeds=embedded).logits.sum(), embedded)
+    assert expected.norm() > 0
+    torch.testing.assert_close(gradient, expected)  # the statistics pass left the gradient whole
+    model.eval()
+    with torch.no_grad():
+        model(torch.arange(4, 20)[None])
+    packed = [
+        getattr(getattr(m.weight, "quant_state", None), "packing_format_for_cpu", False)
+        for m in linear_layers(model).values()
+    ]
+    if any(packed):  # where this CPU has AVX512-BF16
+        with pytest.raises(ValueError, match="packed the 4-bit weights for inference on this CPU"):
+            base_weight(next(iter(linear_layers(model).values())))
