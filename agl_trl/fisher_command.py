@@ -69,10 +69,10 @@ def fisher(
             batch_size=batch_size,
             seed=seed,
         )
-        passes = -(-len(rows) // batch_size)
+        count = -(-len(rows) // batch_size)
+        passes = f"{count} forward {'' if damping == 1 else 'and backward '}{'pass' if count == 1 else 'passes'}"
         typer.echo(
-            f"{len(rows)} rows, {sum(len(row.input_ids) for row in rows)} tokens, {passes} forward "
-            f"{'passes' if damping == 1 else 'and backward passes'}, about {seconds:.0f} s"
+            f"{len(rows)} rows, {sum(len(row.input_ids) for row in rows)} tokens, {passes}, about {seconds:.1f} s"
         )
     statistics = estimate_fisher(
         loaded,
