@@ -13,6 +13,7 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from .data import batches, pad_token_id, tokenize_row
+from .lora import packs_in_eval_mode
 
 
 Messages = list[dict[str, str]] | str
@@ -27,19 +28,17 @@ def evaluating(model: nn.Module) -> Iterator[None]:
     that goes on afterwards would silently lose most of its gradient. Not here.
     """
     modes = [(module, module.training) for module in model.modules()]
-    named = [module for module in model.modules() if type(module).__name__ == "Linear4bit"]
-    four_bit: list[Any] = [module for module in named if type(module).__module__.startswith("bitsandbytes")]
-    packs = [module.support_avx512bf16_for_cpu for module in four_bit]
+    packing: list[Any] = [module for module in model.modules() if packs_in_eval_mode(module)]
     model.eval()
-    for module in four_bit:
+    for module in packing:
         module.support_avx512bf16_for_cpu = False
     try:
         yield
     finally:
-        for module, pack in zip(four_bit, packs, strict=True):
-            module.support_avx512bf16_for_cpu = pack
         for module, training in modes:
             module.training = training
+        for module in packing:
+            module.support_avx512bf16_for_cpu = True
 
 
 def input_device(model: nn.Module) -> torch.device:

@@ -49,8 +49,18 @@ def demo(
 def fisher(
     model: Annotated[str, typer.Option(help=f"Model folder or Hub id; {MINIWORLD_HELP}.")],
     dataset: Annotated[str, typer.Option(help=f"Alignment rows: file or Hub id; {MINIWORLD_HELP}.")],
-    output_dir: Annotated[Path | None, typer.Option(help="Folder that receives agl/fisher.safetensors.")] = None,
-    push: Annotated[str | None, typer.Option(help="Repo on the Hub for the statistics and their card.")] = None,
+    output_dir: Annotated[
+        Path | None,
+        typer.Option(
+            help="Folder that receives agl/fisher.safetensors; with --push by default outputs/NAME of the repo."
+        ),
+    ] = None,
+    push: Annotated[
+        str | None,
+        typer.Option(
+            help="Repo on the Hub of its own for the statistics and their card, such as user/model-agl-fisher."
+        ),
+    ] = None,
     private: Annotated[bool, typer.Option("--private", help="Make a repo that is created private.")] = False,
     fisher_type: Annotated[
         FisherType, typer.Option(help="What is differentiated for the output side.")
