@@ -202,6 +202,21 @@ def attach(
     attach(adapter, base, fisher, prompts, limit, judge, create_pr, max_new_tokens, batch_size)
 
 
+@app.command()
+def scaling(
+    runs: Annotated[
+        Path, typer.Option(help="CSV or JSON lines: method, n_params, finetune_tokens, loss_before, loss_after.")
+    ],
+    output_dir: Annotated[Path, typer.Option(help="Folder for scaling.json and scaling.png.")],
+    resamples: Annotated[int, typer.Option(min=10, help="Bootstrap resamples.")] = 200,
+    seed: Annotated[int, typer.Option(help="Seed of the resamples.")] = 0,
+) -> None:
+    """Fit the scaling law of forgetting to runs of several sizes and token counts, by method."""
+    from .scaling_command import scaling
+
+    scaling(runs, output_dir, resamples, seed)
+
+
 def _quiet() -> None:
     """Without the notices of the libraries below that a reader of the output can do nothing about."""
     import warnings

@@ -5,6 +5,7 @@ import os
 import signal
 import subprocess
 import sys
+from functools import partial
 
 import pytest
 import torch
@@ -37,7 +38,7 @@ def run(*arguments: str):
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory, tokenizer):
     folder = tmp_path_factory.mktemp("base")
-    tiny_model(hidden_size=64, intermediate_size=64).save_pretrained(folder)
+    tiny_model(hidden_size=256, intermediate_size=256).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return folder
 
@@ -205,13 +206,12 @@ def test_offloaded_weights(where, damping, folder, tmp_path, tokenizer, alignmen
     options = dict(rank=8, damping=damping, batch_size=4, progress=False)
     there, _ = load_model(str(folder))
     expected = estimate_fisher(there, alignment_rows, tokenizer, **options)
-    away, cpu = load_model(str(folder))[0], torch.device("cpu")
-    if where == "memory":
-        away = cpu_offload(away, execution_device=cpu)
-    elif where == "disk":
-        away = disk_offload(away, tmp_path / "offloaded", execution_device=cpu)
-    else:
-        away = dispatch_model(away, {"": "cpu"}, force_hooks=True)
+    spread = {
+        "memory": partial(cpu_offload, execution_device=torch.device("cpu")),
+        "disk": partial(disk_offload, offload_dir=tmp_path / "offloaded", execution_device=torch.device("cpu")),
+        "whole": partial(dispatch_model, device_map={"": "cpu"}, force_hooks=True),
+    }
+    away = spread[where](load_model(str(folder))[0])
     assert linear_layers(away)["model.layers.0.mlp.up_proj"].weight.is_meta == (where != "whole")
     assert weights_fingerprint(away) == weights_fingerprint(there)
     plan_fisher(away, rank=8, damping=damping)
