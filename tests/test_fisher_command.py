@@ -5,6 +5,7 @@ import os
 import signal
 import subprocess
 import sys
+from functools import partial
 
 import pytest
 import torch
@@ -18,9 +19,10 @@ from agl_trl import FisherStatistics, estimate_fisher
 from agl_trl.artifacts import FISHER_FILE, FOLDER, load_tensors
 from agl_trl.cli import app
 from agl_trl.collector import Collector
-from agl_trl.data import batches, load_rows, tokenize_row
+from agl_trl.data import batches, tokenize_row
 from agl_trl.estimation import run_batch
 from agl_trl.fisher import describe_base
+from agl_trl.fisher_command import dataset_id
 from agl_trl.loading import load_model
 from agl_trl.lora import layer_shape, linear_layers
 from agl_trl.partial import PARTIAL_FILE, weights_fingerprint
@@ -205,13 +207,12 @@ def test_offloaded_weights(where, damping, folder, tmp_path, tokenizer, alignmen
     options = dict(rank=8, damping=damping, batch_size=4, progress=False)
     there, _ = load_model(str(folder))
     expected = estimate_fisher(there, alignment_rows, tokenizer, **options)
-    away, cpu = load_model(str(folder))[0], torch.device("cpu")
-    if where == "memory":
-        away = cpu_offload(away, execution_device=cpu)
-    elif where == "disk":
-        away = disk_offload(away, tmp_path / "offloaded", execution_device=cpu)
-    else:
-        away = dispatch_model(away, {"": "cpu"}, force_hooks=True)
+    spread = {
+        "memory": partial(cpu_offload, execution_device=torch.device("cpu")),
+        "disk": partial(disk_offload, offload_dir=tmp_path / "offloaded", execution_device=torch.device("cpu")),
+        "whole": partial(dispatch_model, device_map={"": "cpu"}, force_hooks=True),
+    }
+    away = spread[where](load_model(str(folder))[0])
     assert linear_layers(away)["model.layers.0.mlp.up_proj"].weight.is_meta == (where != "whole")
     assert weights_fingerprint(away) == weights_fingerprint(there)
     plan_fisher(away, rank=8, damping=damping)
@@ -287,12 +288,9 @@ def test_bad_arguments_are_a_sentence(folder):
 
 
 def test_rows_of_a_file_leave_no_path(tmp_path):
-    from agl_trl.fisher_command import dataset_id
-
     (tmp_path / "rows.jsonl").write_text("{}")
     names = [str(tmp_path / "rows.jsonl"), str(tmp_path), "gone/rows.jsonl", "user/rows", "driftcaps"]
     assert [dataset_id(name) for name in names] == [None, None, None, "user/rows", "driftcaps"]
-    assert load_rows("driftcaps") and (tmp_path / FISHER_FILE).exists() is False
 
 
 def test_a_model_of_a_folder_that_is_gone_has_no_name():
