@@ -1,62 +1,49 @@
-"""Model cards: what an adapter is, how far it moved, and what was asked of it."""
+"""Model cards: what an adapter is, how far it moved, and what was asked of it; and what Fisher statistics are of."""
 
-from dataclasses import fields
-from importlib.resources import files
+import re
 from pathlib import Path
-from typing import Any
 
-from huggingface_hub import ModelCard
-from jinja2 import Environment, StrictUndefined
+from huggingface_hub import ModelCard, ModelCardData
 
-from .artifacts import write_atomically
+from .card_metadata import (
+    Readme,
+    adapter_metadata,
+    attached_metadata,
+    hub_id,
+    statistics_metadata,
+    without_folder,
+)
+from .card_text import render, render_adapter, render_evidence
 from .drift import DriftReport
-from .objective import Coefficients
+from .fisher import FisherStatistics
 
 
+BEGIN, END = "<!-- agl_trl: begin -->", "<!-- agl_trl: end -->"  # around what we say in the card of someone else
 # TRL's card from here on (run links, versions, citations) is kept; what it says before, our templates say.
-KEPT_FROM = "## Training procedure"
-CITATION = """Cite AlignGuard-LoRA as:
-
-```bibtex
-@article{alignguard-lora,
-    title         = {AlignGuard-LoRA: Alignment-Preserving Fine-Tuning via Fisher-Guided Decomposition and Riemannian-Geodesic Collision Regularization},
-    author        = {Das, Amitava and Borah, Abhilekh and Jain, Vinija and Chadha, Aman},
-    year          = {2025},
-    eprint        = {2508.02079},
-    archivePrefix = {arXiv}
-}
-```"""
+KEPT_FROM = re.compile(r"^## Training procedure *$", re.MULTILINE)
+CITED = "Cite AlignGuard-LoRA as:"
+STUB_TITLE = "# Model Card for Model ID"
+# What PEFT adds to the template that it starts from: versions, and the settings of bitsandbytes.
+STUB_LINE = re.compile(
+    r"- PEFT \S+|The following `bitsandbytes` quantization config was used during training:|- \w+: .*"
+)
 
 
-def _render(template: str, **values: Any) -> str:
-    text = files("agl_trl.model_cards").joinpath(template).read_text(encoding="utf-8")
-    environment = Environment(undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True, autoescape=False)
-    return environment.from_string(text).render(**values)
+def _base_of(report: DriftReport) -> str | None:
+    return hub_id((report.metadata.get("base_model") or {}).get("name"))
 
 
-def describe_settings(settings: dict[str, Any]) -> str:
-    """The objective of a run in words, from the coefficients in its report."""
-    if settings.get("variant") == "paper":
-        return "the objective as published, as far as it is known"
-    coefficients = Coefficients(**{field.name: settings[field.name] for field in fields(Coefficients)})
-    if coefficients.complete and coefficients.alignment == 0:
-        parts = []
-    elif coefficients.complete:
-        parts = [f"alignment penalty λ_A = {settings['alignment']} on the complete Fisher quadratic form"]
-    else:
-        names = ("alignment", "task", "task_metric", "task_subspace", "collision", "alpha", "fisher_energy")
-        parts = [", ".join(f"{name} {settings[name]}" for name in names)]
-    if "drift_budget" in settings:
-        parts.append(f"drift budget {settings['drift_budget']}")
-    if "anchor_coef" in settings:
-        parts.append(f"anchor {settings['anchor_coef']} every {settings['anchor_every']} steps")
-    return ", ".join(parts)
+def _check_repo_id(repo_id: str | None) -> None:
+    if repo_id is not None and hub_id(repo_id) is None:
+        raise ValueError(f"'{repo_id}' is not the id of a repo on the Hub.")
 
 
-def write_card(path: Path, name: str, report: DriftReport) -> None:
+def write_card(
+    path: Path, name: str, report: DriftReport, *, repo_id: str | None = None, statistics_published: bool = True
+) -> None:
     """
     Turn the card that TRL wrote into the adapter's card: our description and evidence, TRL's training section, and the
-    metadata an adapter needs (`library_name: peft`, sorted tags, no placeholder licence).
+    metadata an adapter needs (`library_name: peft`, sorted tags, what was measured, no placeholder licence).
 
     Args:
         path (`Path`):
@@ -65,18 +52,144 @@ def write_card(path: Path, name: str, report: DriftReport) -> None:
             Title of the card.
         report ([`DriftReport`]):
             What to report; made by a trainer, so that it says what was trained.
+        repo_id (`str`, *optional*):
+            Id of the adapter's repo on the Hub, for the code in the card.
+        statistics_published (`bool`, *optional*, defaults to `True`):
+            Whether the Fisher statistics lie beside the adapter.
+
+    Raises:
+        `ValueError`: If `repo_id` is no id, or the metadata of the card can't be read.
     """
-    card = ModelCard.load(path, ignore_metadata_errors=True)
-    settings = report.metadata["coefficients"]
-    base_model = report.metadata["base_model"]["name"]
-    card.data.library_name = "peft"
-    card.data.base_model = base_model
-    card.data.pop("licence", None)  # TRL writes the placeholder `licence: license`
-    card.data.tags = sorted({*(card.data.tags or []), "alignguard-lora", "lora"})
-    kept = card.text[card.text.index(KEPT_FROM) :].split(CITATION)[0].rstrip()
-    intro = _render("adapter.md.jinja", name=name, base_model=base_model, settings=describe_settings(settings))
-    evidence = _render(
-        "evidence.md.jinja", report=report, behaviour=report.behaviour, budget=settings.get("drift_budget")
+    _check_repo_id(repo_id)
+    readme, base_model = Readme.read(path), _base_of(report)
+    training = KEPT_FROM.search(readme.text)
+    kept = readme.text[training.start() :].split(CITED)[0] if training else "## Citation"
+    kept = re.sub(r"\n{3,}", "\n\n", re.sub(r"[ \t]+$", "", kept, flags=re.MULTILINE)).strip()
+    parts = [
+        render_adapter(name, report, base_model, repo_id),
+        f"{BEGIN}\n{render_evidence(report, statistics_published)}\n{END}",
+        kept,
+        render("citation.md.jinja"),
+    ]
+    readme.write(
+        path,
+        adapter_metadata(readme.metadata, name, report, base_model, tags=["trl"]),
+        "\n\n".join(["", *parts])[1:] + "\n",
     )
-    card.text = f"{intro.strip()}\n\n{evidence.strip()}\n\n{kept}\n\n{CITATION}\n"
-    write_atomically(path, str(card).encode())
+
+
+def attach_card(
+    path: Path,
+    name: str,
+    report: DriftReport,
+    *,
+    base_model: str | None = None,
+    repo_id: str | None = None,
+    statistics_published: bool = True,
+) -> None:
+    """
+    Say in the card of an adapter, whoever trained it, what was measured: in a section between two markers, replaced by
+    the next call, all else as it was. Where there is no card, or the one that PEFT makes, a full one.
+
+    Args:
+        path (`Path`):
+            README.md of the adapter; it need not be there.
+        name (`str`):
+            Title of the card, where it has none.
+        report ([`DriftReport`]):
+            What to report.
+        base_model (`str`, *optional*):
+            Id of the base model on the Hub; by default the one in the report.
+        repo_id (`str`, *optional*):
+            Id of the adapter's repo on the Hub, for the code in the card.
+        statistics_published (`bool`, *optional*, defaults to `True`):
+            Whether the Fisher statistics lie beside the adapter.
+
+    Raises:
+        `ValueError`: If `repo_id` is no id, the metadata of the card can't be read, or one of the markers is missing.
+    """
+    _check_repo_id(repo_id)
+    readme = Readme.read(path)
+    if base_model is not None and not Path(base_model).exists():
+        base_model = hub_id(base_model)
+    elif base_model is not None:
+        base_model = None  # a folder
+    base_model = base_model or _base_of(report)
+    before, section, after = _sections(readme.text, path)
+    evidence = f"{render_evidence(report, statistics_published)}\n\n## Citation\n\n{render('citation.md.jinja')}"
+    if _is_stub(before + after) or (section or "").startswith("# "):
+        before, after = ("", "\n") if _is_stub(before + after) else (before, after)
+        evidence = f"{render_adapter(name, report, base_model, repo_id)}\n\n{evidence}"
+        metadata = adapter_metadata(readme.metadata, name, report, base_model, tags=[])
+    else:
+        metadata = attached_metadata(readme.metadata, name, report, base_model)
+        if section is None:
+            before, after = before.rstrip("\n") + "\n\n", "\n"
+        elif KEPT_FROM.search(after) and CITED in after:  # a card of `write_card`, which has its own citation
+            evidence = render_evidence(report, statistics_published)
+    readme.write(path, metadata, f"{before}{BEGIN}\n{evidence}\n{END}{after}")
+
+
+def _sections(text: str, path: Path) -> tuple[str, str | None, str]:
+    """What stands before, between and after the markers; nothing between if there are none."""
+    if BEGIN not in text and END not in text:
+        return text, None, ""
+    before, _, rest = text.partition(BEGIN)
+    section, _, after = rest.partition(END)
+    if text.count(BEGIN) != 1 or text.count(END) != 1 or END in before:
+        raise ValueError(f"The card '{path}' needs the markers '{BEGIN}' and '{END}' once each, in this order.")
+    return before, section.strip(), after
+
+
+def _is_stub(text: str) -> bool:
+    """Whether a card says nothing yet: it is empty, or the template that PEFT saves, with no field filled in."""
+    if not text.strip():
+        return True
+    template = ModelCard.from_template(ModelCardData()).text
+    known = {line.strip() for line in _without_comments(template).splitlines()}
+    found = [line.strip() for line in _without_comments(text).splitlines()]
+    return STUB_TITLE in found and all(
+        line in known
+        or line.startswith("#")
+        or STUB_LINE.fullmatch(line)
+        or line.endswith("[More Information Needed]")
+        for line in found
+    )
+
+
+def _without_comments(text: str) -> str:
+    return re.sub(r"<!--.*?-->", "", text, flags=re.DOTALL)
+
+
+def write_statistics_card(path: Path, name: str, statistics: FisherStatistics, *, repo_id: str | None = None) -> None:
+    """
+    Write the card of a repo that holds Fisher statistics and no adapter.
+
+    Args:
+        path (`Path`):
+            README.md to write; of one that is there, the metadata that are not ours are kept.
+        name (`str`):
+            Title of the card.
+        statistics ([`FisherStatistics`]):
+            What the repo holds.
+        repo_id (`str`, *optional*):
+            Id of the repo on the Hub, for the code in the card.
+
+    Raises:
+        `ValueError`: If `repo_id` is no id, or the metadata of the card can't be read.
+    """
+    _check_repo_id(repo_id)
+    readme = Readme.read(path)
+    facts = {"fisher_type": None, "max_length": None, "dataset": None, "versions": {}, **statistics.metadata}
+    text = render(
+        "statistics.md.jinja",
+        name=name,
+        statistics=statistics,
+        facts=facts,
+        base_model=hub_id(facts["base_model"]["name"]),
+        dataset=without_folder(facts["dataset"]) if isinstance(facts["dataset"], str) else None,
+        versions=", ".join(f"{package} {number}" for package, number in sorted(facts["versions"].items())),
+        repo_id=repo_id,
+        citation=render("citation.md.jinja"),
+    )
+    readme.write(path, statistics_metadata(readme.metadata, statistics), f"\n{text}\n")
