@@ -41,11 +41,13 @@ def without_folder(name: str) -> str:
 
 def hub_id(name: Any) -> str | None:
     """The id of a repo on the Hub, if it looks like one; none for a path and for no name."""
+    if not isinstance(name, str) or not name.isascii():
+        return None
     try:
         validate_repo_id(name)
     except HFValidationError:
         return None
-    return name if name.isascii() else None
+    return name
 
 
 @dataclass
@@ -238,7 +240,7 @@ def adapter_metadata(
     if base_model is not None:
         metadata |= {"base_model": base_model, "base_model_relation": "adapter"}
         metadata["tags"] = sorted([*metadata["tags"], RELATION + base_model])
-    index = _model_index(metadata.pop("model-index", None), one_line(name), report)
+    index = _model_index(metadata.pop("model-index", None), without_folder(one_line(name)), report)
     return {**metadata, "model-index": index}
 
 
@@ -258,7 +260,7 @@ def attached_metadata(
         metadata |= {"base_model": base_model, "base_model_relation": "adapter"}
     tags = _names(metadata.get("tags"))
     metadata["tags"] = tags if TAG in tags else [*tags, TAG]
-    metadata["model-index"] = _model_index(metadata.get("model-index"), one_line(name), report)
+    metadata["model-index"] = _model_index(metadata.get("model-index"), without_folder(one_line(name)), report)
     return metadata
 
 

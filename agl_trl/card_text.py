@@ -75,7 +75,7 @@ def _categories(behaviour: Behaviour) -> list[tuple[str, str, Rate, Rate]]:
     ]
 
 
-def render_evidence(report: DriftReport, statistics_published: bool) -> str:
+def render_evidence(report: DriftReport, repo_id: str | None, statistics_published: bool) -> str:
     """The section about what was measured."""
     behaviour = report.behaviour
     values: dict[str, Any] = {}
@@ -102,6 +102,7 @@ def render_evidence(report: DriftReport, statistics_published: bool) -> str:
         continued=bool(report.metadata.get("continued")),
         projected=report.metadata.get("projected"),
         num_tokens=report.metadata.get("fisher", {}).get("num_tokens"),
+        repo_id=repo_id,
         statistics_published=statistics_published,
         **values,
     )

@@ -25,7 +25,8 @@ CITED = "Cite AlignGuard-LoRA as:"
 STUB_TITLE = "# Model Card for Model ID"
 # What PEFT adds to the template that it starts from: versions, and the settings of bitsandbytes.
 STUB_LINE = re.compile(
-    r"- PEFT \S+|The following `bitsandbytes` quantization config was used during training:|- \w+: .*"
+    r"## Training procedure|### Framework versions|- PEFT \S+|The following `bitsandbytes` quantization config was .*"
+    r"|- (quant_method|_?load_in_\w+|llm_int8_\w+|bnb_\w+): .*"
 )
 
 
@@ -67,7 +68,7 @@ def write_card(
     kept = re.sub(r"\n{3,}", "\n\n", re.sub(r"[ \t]+$", "", kept, flags=re.MULTILINE)).strip()
     parts = [
         render_adapter(name, report, base_model, repo_id),
-        f"{BEGIN}\n{render_evidence(report, statistics_published)}\n{END}",
+        f"{BEGIN}\n{render_evidence(report, repo_id, statistics_published)}\n{END}",
         kept,
         render("citation.md.jinja"),
     ]
@@ -116,7 +117,9 @@ def attach_card(
         base_model = None  # a folder
     base_model = base_model or _base_of(report)
     before, section, after = _sections(readme.text, path)
-    evidence = f"{render_evidence(report, statistics_published)}\n\n## Citation\n\n{render('citation.md.jinja')}"
+    evidence = (
+        f"{render_evidence(report, repo_id, statistics_published)}\n\n## Citation\n\n{render('citation.md.jinja')}"
+    )
     if _is_stub(before + after) or (section or "").startswith("# "):
         before, after = ("", "\n") if _is_stub(before + after) else (before, after)
         evidence = f"{render_adapter(name, report, base_model, repo_id)}\n\n{evidence}"
@@ -126,7 +129,7 @@ def attach_card(
         if section is None:
             before, after = before.rstrip("\n") + "\n\n", "\n"
         elif KEPT_FROM.search(after) and CITED in after:  # a card of `write_card`, which has its own citation
-            evidence = render_evidence(report, statistics_published)
+            evidence = render_evidence(report, repo_id, statistics_published)
     readme.write(path, metadata, f"{before}{BEGIN}\n{evidence}\n{END}{after}")
 
 
