@@ -202,7 +202,8 @@ def _cleaned(metadata: dict[str, Any]) -> dict[str, Any]:
     if cleaned.get("license") in (None, "", "license"):
         cleaned.pop("license", None)
     for key in ("base_model", "datasets"):
-        ids = [name for name in _names(cleaned.get(key)) if hub_id(name) and not Path(name).exists()]
+        names = [name for name in _names(cleaned.get(key)) if name not in PACKAGED]  # of this package, not of the Hub
+        ids = [name for name in names if hub_id(name) and not Path(name).exists()]
         if not ids:
             cleaned.pop(key, None)
         elif ids != _names(cleaned[key]):

@@ -39,8 +39,20 @@ def _check_repo_id(repo_id: str | None) -> None:
         raise ValueError(f"'{repo_id}' is not the id of a repo on the Hub.")
 
 
+def declared_license(path: Path) -> str | None:
+    """Licence that somebody wrote into a card; TRL's placeholder (`licence: license`) is none."""
+    found = Readme.read(path).metadata.get("license")
+    return found if isinstance(found, str) and found not in ("", "license") else None
+
+
 def write_card(
-    path: Path, name: str, report: DriftReport, *, repo_id: str | None = None, statistics_published: bool = True
+    path: Path,
+    name: str,
+    report: DriftReport,
+    *,
+    repo_id: str | None = None,
+    statistics_published: bool = True,
+    license: str | None = None,
 ) -> None:
     """
     Turn the card that TRL wrote into the adapter's card: our description and evidence, TRL's training section, and the
@@ -57,6 +69,8 @@ def write_card(
             Id of the adapter's repo on the Hub, for the code in the card.
         statistics_published (`bool`, *optional*, defaults to `True`):
             Whether the Fisher statistics lie beside the adapter.
+        license (`str`, *optional*):
+            Licence that its owner declared, in place of the one in the card; none is ever made up.
 
     Raises:
         `ValueError`: If `repo_id` is no id, or the metadata of the card can't be read.
@@ -64,6 +78,7 @@ def write_card(
     _check_repo_id(repo_id)
     readme, base_model = Readme.read(path), _base_of(report)
     training = KEPT_FROM.search(readme.text)
+    metadata = readme.metadata if license is None else {**readme.metadata, "license": license}
     kept = readme.text[training.start() :].split(CITED)[0] if training else "## Citation"
     kept = re.sub(r"\n{3,}", "\n\n", re.sub(r"[ \t]+$", "", kept, flags=re.MULTILINE)).strip()
     parts = [
@@ -74,7 +89,7 @@ def write_card(
     ]
     readme.write(
         path,
-        adapter_metadata(readme.metadata, name, report, base_model, tags=["trl"]),
+        adapter_metadata(metadata, name, report, base_model, tags=["trl"]),
         "\n\n".join(["", *parts])[1:] + "\n",
     )
 

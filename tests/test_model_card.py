@@ -15,7 +15,7 @@ from agl_trl.card_metadata import hub_id, one_line
 from agl_trl.card_text import plain, render
 from agl_trl.drift import DriftReport
 from agl_trl.fisher import FisherStatistics
-from agl_trl.model_card import BEGIN, END, attach_card, write_card, write_statistics_card
+from agl_trl.model_card import BEGIN, END, attach_card, declared_license, write_card, write_statistics_card
 
 from .models import tiny_model
 from .render_sample_card import SAMPLE, TRL_CARD, made_up_behaviour, made_up_report
@@ -144,7 +144,11 @@ def test_same_bytes_when_written_again(measured, tmp_path):
 def test_licence_is_kept_and_never_invented(tmp_path):
     card, _ = written(tmp_path, TRL_CARD.replace("licence: license", "license: apache-2.0"))
     assert card.data.license == "apache-2.0"
+    assert declared_license(tmp_path / "README.md") == "apache-2.0"
+    assert written(tmp_path, license="mit")[0].data.license == "mit"
     card, text = written(tmp_path, TRL_CARD.replace("licence: license", "license: license"))
+    assert declared_license(tmp_path / "README.md") is declared_license(tmp_path / "none.md") is None
+    assert written(tmp_path, TRL_CARD.replace("org/train-set", "miniworld"))[0].data.datasets is None
     assert card.data.license is None and "licence" not in text.split("---")[1]
 
 
