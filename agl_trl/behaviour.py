@@ -13,6 +13,7 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from .data import batches, pad_token_id, tokenize_row
+from .lora import packs_in_eval_mode
 
 
 Messages = list[dict[str, str]] | str
@@ -36,6 +37,8 @@ def evaluating(model: nn.Module) -> Iterator[None]:
     finally:
         for module, training in modes:
             module.training = training
+        for module in packing:
+            module.support_avx512bf16_for_cpu = True
 
 
 def input_device(model: nn.Module) -> torch.device:

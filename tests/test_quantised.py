@@ -68,7 +68,6 @@ def test_statistics_of_the_whole_model_fit_its_quantised_form(
 ):
     """The owner publishes statistics of the bf16 model; who trains in 4 bit uses them: ‖W‖ agrees within 5 %."""
     from peft import get_peft_model
-    from transformers import AutoModelForCausalLM
 
     from agl_trl import estimate_fisher
 
