@@ -13,6 +13,7 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from .data import batches, pad_token_id, tokenize_row
+from .lora import packs_in_eval_mode
 
 
 Messages = list[dict[str, str]] | str
@@ -20,14 +21,24 @@ Messages = list[dict[str, str]] | str
 
 @contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
-    """Eval mode (no dropout, and no checkpointing, which would fire some hooks twice), then every module as it was."""
+    """
+    Eval mode (no dropout, and no checkpointing, which would fire some hooks twice), then every module as it was.
+
+    At the first inference on some CPUs bitsandbytes packs 4-bit weights into a form that passes no gradient on: a training
+    that goes on afterwards would silently lose most of its gradient. Not here.
+    """
     modes = [(module, module.training) for module in model.modules()]
+    packing: list[Any] = [module for module in model.modules() if packs_in_eval_mode(module)]
     model.eval()
+    for module in packing:
+        module.support_avx512bf16_for_cpu = False
     try:
         yield
     finally:
         for module, training in modes:
             module.training = training
+        for module in packing:
+            module.support_avx512bf16_for_cpu = True
 
 
 def input_device(model: nn.Module) -> torch.device:

@@ -49,8 +49,18 @@ def demo(
 def fisher(
     model: Annotated[str, typer.Option(help=f"Model folder or Hub id; {MINIWORLD_HELP}.")],
     dataset: Annotated[str, typer.Option(help=f"Alignment rows: file or Hub id; {MINIWORLD_HELP}.")],
-    output_dir: Annotated[Path | None, typer.Option(help="Folder that receives agl/fisher.safetensors.")] = None,
-    push: Annotated[str | None, typer.Option(help="Repo on the Hub for the statistics and their card.")] = None,
+    output_dir: Annotated[
+        Path | None,
+        typer.Option(
+            help="Folder that receives agl/fisher.safetensors; with --push by default outputs/NAME of the repo."
+        ),
+    ] = None,
+    push: Annotated[
+        str | None,
+        typer.Option(
+            help="Repo on the Hub of its own for the statistics and their card, such as user/model-agl-fisher."
+        ),
+    ] = None,
     private: Annotated[bool, typer.Option("--private", help="Make a repo that is created private.")] = False,
     fisher_type: Annotated[
         FisherType, typer.Option(help="What is differentiated for the output side.")
@@ -213,6 +223,21 @@ def space(
         serve(base, adapter, port)
     else:
         typer.echo(deploy(push, base, adapter, private, hardware))
+
+
+@app.command()
+def scaling(
+    runs: Annotated[
+        Path, typer.Option(help="CSV or JSON lines: method, n_params, finetune_tokens, loss_before, loss_after.")
+    ],
+    output_dir: Annotated[Path, typer.Option(help="Folder for scaling.json and scaling.png.")],
+    resamples: Annotated[int, typer.Option(min=10, help="Bootstrap resamples.")] = 200,
+    seed: Annotated[int, typer.Option(help="Seed of the resamples.")] = 0,
+) -> None:
+    """Fit the scaling law of forgetting to runs of several sizes and token counts, by method."""
+    from .scaling_command import scaling
+
+    scaling(runs, output_dir, resamples, seed)
 
 
 def _quiet() -> None:

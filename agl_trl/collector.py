@@ -23,10 +23,13 @@ class Collector:
         self._handles: list = []
 
     @staticmethod
-    def _cached_omega(cache: dict[int, Tensor | None], rank: int, seed: int, dim: int) -> Tensor | None:
-        if dim not in cache:
-            cache[dim] = sketch_matrix(dim, rank, seed)
-        return cache[dim]
+    def _cached_omega(
+        cache: dict[tuple[int, torch.device], Tensor | None], rank: int, seed: int, dim: int, device: torch.device
+    ) -> Tensor | None:
+        if (dim, device) not in cache:  # one for all layers on a device: it is as large as the sums of one of them
+            omega = sketch_matrix(dim, rank, seed)
+            cache[dim, device] = None if omega is None else omega.to(device)
+        return cache[dim, device]
 
     def __enter__(self) -> Self:
         self._handles = [
@@ -45,7 +48,7 @@ class Collector:
         for side, sketches in (("inputs", self.inputs), ("outputs", self.outputs)):
             for name, parts in sums.get(side, {}).items():
                 dim = parts["sums"].shape[0]
-                sketches[name] = CovarianceSketch(dim, self._omega(dim))
+                sketches[name] = CovarianceSketch(dim, self._omega(dim, parts["sums"].device))
                 sketches[name].sums, sketches[name].trace, sketches[name].count = (
                     parts[part] for part in ("sums", "trace", "count")
                 )
@@ -74,8 +77,9 @@ class Collector:
                 "token (experts, vision towers) can't be guarded; leave them out of `target_modules`."
             )
         if name not in sketches:
-            sketches[name] = CovarianceSketch(rows.shape[1], self._omega(rows.shape[1]), rows.device)
-        sketches[name].to(rows.device)  # where it was read from a file
+            sketches[name] = CovarianceSketch(rows.shape[1], self._omega(rows.shape[1], rows.device), rows.device)
+        if sketches[name].sums.device != rows.device:  # read from a file
+            sketches[name].to(rows.device, self._omega(rows.shape[1], rows.device))
         sketches[name].update(rows[self.token_mask.to(rows.device)])
 
     def sum_over_processes(self) -> None:

@@ -144,6 +144,11 @@ def run_demo(output_dir: Path, seeds: int = 1, task: str = "extract", steps: int
             kl = first_token_kl(pair, tokenizer, questions, aligned_answers.texts)
             probes = probe(pair, tokenizer, questions, torch.tensor(prompts["unsafe"]))
             its_report.behaviour = compare(prompts, aligned_answers, answers, kl, probes, StringJudge())
+            its_report.behaviour.metadata["prompts"] = {
+                "name": "miniworld",
+                "license": "apache-2.0",
+                "count": len(prompts),
+            }
         _save(folder, plain, ours, plain_report, report)
         write_atomically(output_dir / "results.json", _as_json(runs))
     console.print(_table(runs))

@@ -215,9 +215,12 @@ class DriftReport:
         Save as `agl/drift.safetensors` in a folder.
 
         Raises:
+            `ValueError`: If the drift is not finite.
             `OSError`: If the file can't be written; a previous one is left as it was.
         """
         path = Path(save_directory) / FOLDER / DRIFT_FILE
+        if not torch.isfinite(self.relative_drift).all():
+            raise ValueError("The run has diverged: the relative drift is not finite. Lower the learning rate.")
         tensors = {name: getattr(self, name) for name in PER_LAYER}
         tensors |= {f"history.{name}": values for name, values in self.history.items()}
         metadata = {

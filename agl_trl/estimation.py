@@ -28,7 +28,7 @@ from .data import (
 )
 from .fisher import FisherStatistics, describe_base
 from .lora import layer_shape, linear_layers
-from .partial import PartialSums
+from .partial import PartialSums, weights_fingerprint
 from .sketch import LowRankCovariance
 
 
@@ -94,7 +94,7 @@ def estimate_fisher(
             Whether to show a progress bar.
         resume_dir (`str` or `PathLike`, *optional*):
             Folder in which the sums are kept while the pass runs, once a minute: repeated after an interruption, the call goes
-            on from there and returns the same numbers. For one process.
+            on from there and returns the same numbers (answers to prompt-only rows are made again). For one process.
 
     Returns:
         [`FisherStatistics`]
@@ -112,9 +112,12 @@ def estimate_fisher(
     rows = [tokenize_row(row, processing_class, max_length) for row in selected]
     sums = None
     if resume_dir is not None:
+        if PartialState().num_processes > 1:
+            raise ValueError("`resume_dir` is for one process: every process has sums of its own.")
         key = {
             **dict(fisher_type=fisher_type, damping=damping, rank=rank, batch_size=batch_size, seed=seed),
             **dict(rows=_fingerprint(rows), base_model=describe_base(model), layers=sorted(layers)),
+            "weights": weights_fingerprint(model),
         }
         sums = PartialSums(Path(resume_dir), key)
     collector = _collect(
@@ -141,6 +144,8 @@ def estimate_fisher(
         },
     )
     statistics.weight_norm = statistics.weight_norms(layers)
+    if sums is not None:
+        sums.remove()
     return statistics
 
 
@@ -177,21 +182,26 @@ def _collect(
             if number < done:
                 bar.update(len(batch.indices))
                 continue
-            collector.begin(batch.token_mask.flatten())
-            if gradients:
-                _backward(model, batch, fisher_type, seed)
-            else:
-                with torch.no_grad():
-                    model(input_ids=batch.input_ids, attention_mask=batch.attention_mask, use_cache=False)
+            run_batch(model, collector, batch, fisher_type, seed)
             bar.update(len(batch.indices) * state.num_processes)
             if partial_sums is not None:
                 partial_sums.save(number + 1, collector.input_of, collector.inputs, collector.outputs)
     if state.num_processes > 1:
         collector.sum_over_processes()
     collector.check()
-    if partial_sums is not None:
-        partial_sums.remove()
     return collector
+
+
+def run_batch(
+    model: PreTrainedModel | PeftModel, collector: Collector, batch: AlignmentBatch, fisher_type: FisherType, seed: int
+) -> None:
+    """Add a batch to the sums of a collector."""
+    collector.begin(batch.token_mask.flatten())
+    if collector.gradients:
+        _backward(model, batch, fisher_type, seed)
+    else:
+        with torch.no_grad():
+            model(input_ids=batch.input_ids, attention_mask=batch.attention_mask, use_cache=False)
 
 
 def _backward(model: PreTrainedModel | PeftModel, batch: AlignmentBatch, fisher_type: FisherType, seed: int) -> None:

@@ -3,6 +3,7 @@
 from pathlib import Path
 
 import typer
+from huggingface_hub import HfApi
 
 from .artifacts import FISHER_FILE, FOLDER, REPO_ID
 from .data import READERS, is_prompt_only, load_rows, select_rows, tokenize_row
@@ -10,11 +11,12 @@ from .estimation import FisherType, estimate_fisher
 from .fisher import FisherStatistics
 from .loading import load_model
 from .model_card import write_statistics_card
-from .plan import plan_fisher
-from .push import create_repo, push_folder
+from .plan import plan_fisher, seconds_by_trial
+from .push import FAILURES, PushError, create_repo, push_folder, reason
 
 
 MAX_LENGTH = 1024
+MODEL_FILES = ("config.json", "adapter_config.json")
 
 
 def fisher(
@@ -45,11 +47,10 @@ def fisher(
         if push is None:
             raise ValueError("Say where the statistics go: `--output-dir`, `--push`, or both.")
         output_dir = Path("outputs") / push.split("/")[-1]
-    repo_id = None if push is None else create_repo(push, private=private or None)
-    rows = load_rows(dataset)
+    repo_id = None if push is None else statistics_repo(push, private)
+    selected = select_rows(load_rows(dataset), num_samples, seed)
     loaded, tokenizer = load_model(model, dtype=dtype, device_map=device_map, bits=bits)
-    plan = plan_fisher(loaded, rank=rank, damping=damping, batch_size=batch_size)
-    selected = select_rows(rows, num_samples, seed)
+    plan = plan_fisher(loaded, rank=rank, damping=damping)
     typer.echo(
         f"{plan.layers} layers, {plan.inputs} shared inputs; {plan.accumulator_bytes / 1e6:.0f} MB of sums beside the model, "
         f"{plan.file_bytes / 1e6:.1f} MB on disk"
@@ -57,8 +58,22 @@ def fisher(
     if is_prompt_only(selected[0]):
         typer.echo(f"{len(selected)} requests, which the model answers first")
     else:
-        tokens = sum(len(tokenize_row(row, tokenizer, MAX_LENGTH).input_ids) for row in selected)
-        typer.echo(f"{len(selected)} rows, {tokens} tokens, about {plan.seconds_per_token * tokens:.0f} s")
+        rows = [tokenize_row(row, tokenizer, MAX_LENGTH) for row in selected]
+        seconds = seconds_by_trial(
+            loaded,
+            rows,
+            tokenizer,
+            fisher_type=fisher_type,
+            rank=rank,
+            damping=damping,
+            batch_size=batch_size,
+            seed=seed,
+        )
+        count = -(-len(rows) // batch_size)
+        passes = f"{count} forward {'' if damping == 1 else 'and backward '}{'pass' if count == 1 else 'passes'}"
+        typer.echo(
+            f"{len(rows)} rows, {sum(len(row.input_ids) for row in rows)} tokens, {passes}, about {seconds:.1f} s"
+        )
     statistics = estimate_fisher(
         loaded,
         selected,
@@ -80,6 +95,27 @@ def fisher(
     )
     if repo_id is not None:
         typer.echo(push_statistics(statistics, output_dir, repo_id))
+
+
+def statistics_repo(name: str, private: bool) -> str:
+    """
+    Make sure that there is a repo for statistics, which this account may write. Returns its full id.
+
+    Raises:
+        [`PushError`]: If it can't be made or written, or holds a model, whose card the one of the statistics would replace.
+    """
+    repo_id = create_repo(name, private=private or None)
+    api = HfApi()
+    try:
+        api.auth_check(repo_id, write=True)  # of a repo that was there already
+        there = api.list_repo_files(repo_id)
+    except FAILURES as error:
+        raise PushError(f"Can't write to '{repo_id}': {reason(error)}.") from error
+    if models := sorted(file for file in there if Path(file).name in MODEL_FILES):
+        raise PushError(
+            f"'{repo_id}' holds a model ('{models[0]}'), whose card this would replace: name another repo."
+        )
+    return repo_id
 
 
 def push_statistics(statistics: FisherStatistics, folder: Path, repo_id: str) -> str:

@@ -39,7 +39,11 @@ def load_model(
     Raises:
         `ValueError`: If they don't load.
     """
+    if dtype is not None and dtype != "auto" and not isinstance(getattr(torch, dtype, None), torch.dtype):
+        raise ValueError(f"There is no type '{dtype}': name one such as 'bfloat16', 'float16' or 'float32'.")
     if name == "miniworld":
+        if (dtype, device_map, bits) != (None, None, None):
+            raise ValueError("The embedded model is loaded as it is: type, device map and bits are of other models.")
         from . import miniworld
 
         return miniworld.load_model(), miniworld.load_tokenizer()
@@ -55,7 +59,8 @@ def load_model(
         if bits is None and device_map is None:
             model = model.to(PartialState().device)
         return model, AutoTokenizer.from_pretrained(name, trust_remote_code=False)
-    except (OSError, ValueError, ImportError, SafetensorError) as error:
+    # Torch tells by an AssertionError that it was built without the device.
+    except (OSError, ValueError, ImportError, RuntimeError, AssertionError, SafetensorError) as error:
         raise ValueError(f"Can't load the model '{name}': {first_line(error)}.") from error
 
 

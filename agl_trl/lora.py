@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from copy import copy
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, Self
@@ -213,12 +214,34 @@ def layer_shape(module: nn.Module) -> tuple[int, int]:
     return module.out_features, module.in_features
 
 
+def packs_in_eval_mode(module: nn.Module) -> bool:
+    """
+    Whether a layer is one of bitsandbytes' 4-bit layers that, on a CPU with AVX512-BF16, rearranges its weight for good
+    at the first forward pass in eval mode: it then has no gradient for its input, without a word.
+    """
+    return type(module).__name__ == "Linear4bit" and getattr(module, "support_avx512bf16_for_cpu", False)
+
+
+def _unpacked(weight: Any) -> Tensor:
+    """A 4-bit weight that was rearranged so, dequantised; PEFT would read it in the wrong order."""
+    from bitsandbytes.functional import _convert_weight_packed_for_cpu_inverse, dequantize_4bit
+
+    state = copy(weight.quant_state)
+    scales = state.absmax.mT.float().reshape(-1)  # which the inverse leaves transposed, or quantises again
+    state.original_nested = False
+    data, state = _convert_weight_packed_for_cpu_inverse(weight.data, state)
+    state.absmax = scales
+    return dequantize_4bit(data, state)
+
+
 @torch.no_grad()
 def base_weight(module: nn.Module) -> Tensor:
     """Frozen weight `W` of shape `(d_out, d_in)`, float32; a quantised one is dequantised."""
     base: Any = module.get_base_layer() if isinstance(module, LoraLayer) else module
     if type(base.weight).__name__ == "Int8Params":  # which PEFT's general function breaks on a CPU, by moving it
         weight = dequantize_bnb_weight(base.weight, state=base.state).float()
+    elif getattr(getattr(base.weight, "quant_state", None), "packing_format_for_cpu", False):
+        weight = _unpacked(base.weight).float()
     else:
         weight = whole(dequantize_module_weight(base).detach()).float()  # as it is where it is not quantised
     weight = weight.mT if isinstance(base, Conv1D) else weight

@@ -1,75 +1,48 @@
-"""Model cards: what an adapter is, how far it moved, what was asked of it, and what was not."""
+"""Model cards: what an adapter is, how far it moved, and what was asked of it; and what Fisher statistics are of."""
 
 import re
-from dataclasses import fields
-from html import escape
-from importlib.resources import files
 from pathlib import Path
-from typing import Any
 
-import yaml
-from huggingface_hub import CardData, EvalResult, ModelCard, ModelCardData
-from jinja2 import Environment, StrictUndefined
+from huggingface_hub import ModelCard, ModelCardData
 
-from .artifacts import write_atomically
+from .card_metadata import (
+    Readme,
+    adapter_metadata,
+    attached_metadata,
+    hub_id,
+    statistics_metadata,
+    without_folder,
+)
+from .card_text import render, render_adapter, render_evidence
 from .drift import DriftReport
 from .fisher import FisherStatistics
-from .objective import Coefficients
 
 
+BEGIN, END = "<!-- agl_trl: begin -->", "<!-- agl_trl: end -->"  # around what we say in the card of someone else
 # TRL's card from here on (run links, versions, citations) is kept; what it says before, our templates say.
-KEPT_FROM = "## Training procedure"
-PEFT_STUB = "# Model Card for Model ID"
-BEGIN, END = "<!-- agl_trl: begin -->", "<!-- agl_trl: end -->"
-HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
-TAG = "alignguard-lora"
-CITATION = """Cite AlignGuard-LoRA as:
-
-```bibtex
-@article{alignguard-lora,
-    title         = {AlignGuard-LoRA: Alignment-Preserving Fine-Tuning via Fisher-Guided Decomposition and Riemannian-Geodesic Collision Regularization},
-    author        = {Das, Amitava and Borah, Abhilekh and Jain, Vinija and Chadha, Aman},
-    year          = {2025},
-    eprint        = {2508.02079},
-    archivePrefix = {arXiv}
-}
-```"""
+KEPT_FROM = re.compile(r"^## Training procedure *$", re.MULTILINE)
+CITED = "Cite AlignGuard-LoRA as:"
+STUB_TITLE = "# Model Card for Model ID"
+# What PEFT adds to the template that it starts from: versions, and the settings of bitsandbytes.
+STUB_LINE = re.compile(
+    r"## Training procedure|### Framework versions|- PEFT \S+|The following `bitsandbytes` quantization config was .*"
+    r"|- (quant_method|_?load_in_\w+|llm_int8_\w+|bnb_\w+): .*"
+)
 
 
-def plain(text: Any) -> str:
-    """Text of a user or a dataset as it may stand in a table cell: no markup, one line."""
-    return escape(" ".join(str(text).split()), quote=False).replace("|", "&#124;").replace("`", "'")
+def _base_of(report: DriftReport) -> str | None:
+    return hub_id((report.metadata.get("base_model") or {}).get("name"))
 
 
-def _render(template: str, **values: Any) -> str:
-    text = files("agl_trl.model_cards").joinpath(template).read_text(encoding="utf-8")
-    environment = Environment(undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True, autoescape=False)
-    environment.filters["plain"] = plain
-    return environment.from_string(text).render(**values).strip()
-
-
-def describe_settings(settings: dict[str, Any]) -> str:
-    """The objective of a run in words, from the coefficients in its report."""
-    if settings.get("variant") == "paper":
-        return "the objective as published, as far as it is known"
-    coefficients = Coefficients(**{field.name: settings[field.name] for field in fields(Coefficients)})
-    if coefficients.complete and coefficients.alignment == 0:
-        parts = []
-    elif coefficients.complete:
-        parts = [f"alignment penalty λ_A = {settings['alignment']} on the complete Fisher quadratic form"]
-    else:
-        names = ("alignment", "task", "task_metric", "task_subspace", "collision", "alpha", "fisher_energy")
-        parts = [", ".join(f"{name} {settings[name]}" for name in names)]
-    if "drift_budget" in settings:
-        parts.append(f"drift budget {settings['drift_budget']}")
-    if "anchor_coef" in settings:
-        parts.append(f"anchor {settings['anchor_coef']} every {settings['anchor_every']} steps")
-    return ", ".join(parts)
+def _check_repo_id(repo_id: str | None) -> None:
+    if repo_id is not None and hub_id(repo_id) is None:
+        raise ValueError(f"'{repo_id}' is not the id of a repo on the Hub.")
 
 
 def declared_license(path: Path) -> str | None:
     """Licence that somebody wrote into a card; TRL's placeholder (`licence: license`) is none."""
-    return ModelCard.load(path, ignore_metadata_errors=True).data.license if path.is_file() else None
+    found = Readme.read(path).metadata.get("license")
+    return found if isinstance(found, str) and found not in ("", "license") else None
 
 
 def write_card(
@@ -83,7 +56,7 @@ def write_card(
 ) -> None:
     """
     Turn the card that TRL wrote into the adapter's card: our description and evidence, TRL's training section, and the
-    metadata an adapter needs. The same bytes when repeated.
+    metadata an adapter needs (`library_name: peft`, sorted tags, what was measured, no placeholder licence).
 
     Args:
         path (`Path`):
@@ -93,24 +66,32 @@ def write_card(
         report ([`DriftReport`]):
             What to report; made by a trainer, so that it says what was trained.
         repo_id (`str`, *optional*):
-            Where the adapter is pushed to, for the snippets.
+            Id of the adapter's repo on the Hub, for the code in the card.
         statistics_published (`bool`, *optional*, defaults to `True`):
-            Whether the Fisher statistics are pushed too.
+            Whether the Fisher statistics lie beside the adapter.
         license (`str`, *optional*):
-            Licence that its owner declared; none is ever made up.
+            Licence that its owner declared, in place of the one in the card; none is ever made up.
+
+    Raises:
+        `ValueError`: If `repo_id` is no id, or the metadata of the card can't be read.
     """
-    card = ModelCard.load(path, ignore_metadata_errors=True)
-    base_model = _hub_id(report.metadata["base_model"]["name"])
-    _describe(card.data, name, report, base_model)
-    card.data.license = license or card.data.license
-    kept = card.text[card.text.index(KEPT_FROM) :].split(CITATION)[0].rstrip()
-    settings = report.metadata["coefficients"]
-    intro = _render(
-        "adapter.md.jinja", name=name, base_model=base_model, settings=describe_settings(settings), repo_id=repo_id
+    _check_repo_id(repo_id)
+    readme, base_model = Readme.read(path), _base_of(report)
+    training = KEPT_FROM.search(readme.text)
+    metadata = readme.metadata if license is None else {**readme.metadata, "license": license}
+    kept = readme.text[training.start() :].split(CITED)[0] if training else "## Citation"
+    kept = re.sub(r"\n{3,}", "\n\n", re.sub(r"[ \t]+$", "", kept, flags=re.MULTILINE)).strip()
+    parts = [
+        render_adapter(name, report, base_model, repo_id),
+        f"{BEGIN}\n{render_evidence(report, repo_id, statistics_published)}\n{END}",
+        kept,
+        render("citation.md.jinja"),
+    ]
+    readme.write(
+        path,
+        adapter_metadata(metadata, name, report, base_model, tags=["trl"]),
+        "\n\n".join(["", *parts])[1:] + "\n",
     )
-    evidence = _evidence(report, repo_id, statistics_published)
-    card.text = f"\n{intro}\n\n{evidence}\n\n{kept}\n\n{CITATION}\n"
-    write_atomically(path, str(card).encode())
 
 
 def attach_card(
@@ -123,125 +104,110 @@ def attach_card(
     statistics_published: bool = True,
 ) -> None:
     """
-    Add the report to the card of an adapter trained elsewhere: one section between two markers, replaced when repeated;
-    everything else stays. Without a card, or with the stub that PEFT writes, a whole one is made.
+    Say in the card of an adapter, whoever trained it, what was measured: in a section between two markers, replaced by
+    the next call, all else as it was. Where there is no card, or the one that PEFT makes, a full one.
 
     Args:
         path (`Path`):
-            README.md of the adapter.
+            README.md of the adapter; it need not be there.
         name (`str`):
-            Name of the model, and title of a card that has to be made.
+            Title of the card, where it has none.
         report ([`DriftReport`]):
             What to report.
         base_model (`str`, *optional*):
-            Hub id of the base model; by default the one in the report.
+            Id of the base model on the Hub; by default the one in the report.
         repo_id (`str`, *optional*):
-            Repo of the adapter, for the snippets.
+            Id of the adapter's repo on the Hub, for the code in the card.
         statistics_published (`bool`, *optional*, defaults to `True`):
-            Whether the Fisher statistics are beside the report.
+            Whether the Fisher statistics lie beside the adapter.
 
     Raises:
-        `ValueError`: If the metadata of the card is not valid YAML.
+        `ValueError`: If `repo_id` is no id, the metadata of the card can't be read, or one of the markers is missing.
     """
-    base_model = _hub_id(base_model) or _hub_id(report.metadata["base_model"]["name"])
-    text = path.read_text(encoding="utf-8") if path.is_file() else ""
-    try:
-        card = ModelCard(text or "---\n{}\n---\n", ignore_metadata_errors=True)
-    except (yaml.YAMLError, ValueError) as error:
-        raise ValueError(f"The metadata of the card '{path}' is not valid YAML: mend it first.") from error
-    if not card.text.strip() or PEFT_STUB in card.text:
-        settings = report.metadata.get("coefficients")
-        settings = None if settings is None else describe_settings(settings)
-        card.text = _render("adapter.md.jinja", name=name, base_model=base_model, settings=settings, repo_id=repo_id)
-    _describe(card.data, name, report, base_model)
-    section = f"{BEGIN}\n\n{_evidence(report, repo_id, statistics_published)}\n\n{CITATION}\n\n{END}"
-    if BEGIN in card.text and END in card.text:
-        before, rest = card.text.split(BEGIN, 1)
-        section = before + section + rest.split(END, 1)[1]
+    _check_repo_id(repo_id)
+    readme = Readme.read(path)
+    if base_model is not None and not Path(base_model).exists():
+        base_model = hub_id(base_model)
+    elif base_model is not None:
+        base_model = None  # a folder
+    base_model = base_model or _base_of(report)
+    before, section, after = _sections(readme.text, path)
+    evidence = (
+        f"{render_evidence(report, repo_id, statistics_published)}\n\n## Citation\n\n{render('citation.md.jinja')}"
+    )
+    if _is_stub(before + after) or (section or "").startswith("# "):
+        before, after = ("", "\n") if _is_stub(before + after) else (before, after)
+        evidence = f"{render_adapter(name, report, base_model, repo_id)}\n\n{evidence}"
+        metadata = adapter_metadata(readme.metadata, name, report, base_model, tags=[])
     else:
-        section = f"{card.text.strip()}\n\n{section}\n"
-    card.text = f"\n{section.strip()}\n"
-    write_atomically(path, str(card).encode())
+        metadata = attached_metadata(readme.metadata, name, report, base_model)
+        if section is None:
+            before, after = before.rstrip("\n") + "\n\n", "\n"
+        elif KEPT_FROM.search(after) and CITED in after:  # a card of `write_card`, which has its own citation
+            evidence = render_evidence(report, repo_id, statistics_published)
+    readme.write(path, metadata, f"{before}{BEGIN}\n{evidence}\n{END}{after}")
+
+
+def _sections(text: str, path: Path) -> tuple[str, str | None, str]:
+    """What stands before, between and after the markers; nothing between if there are none."""
+    if BEGIN not in text and END not in text:
+        return text, None, ""
+    before, _, rest = text.partition(BEGIN)
+    section, _, after = rest.partition(END)
+    if text.count(BEGIN) != 1 or text.count(END) != 1 or END in before:
+        raise ValueError(f"The card '{path}' needs the markers '{BEGIN}' and '{END}' once each, in this order.")
+    return before, section.strip(), after
+
+
+def _is_stub(text: str) -> bool:
+    """Whether a card says nothing yet: it is empty, or the template that PEFT saves, with no field filled in."""
+    if not text.strip():
+        return True
+    template = ModelCard.from_template(ModelCardData()).text
+    known = {line.strip() for line in _without_comments(template).splitlines()}
+    found = [line.strip() for line in _without_comments(text).splitlines()]
+    return STUB_TITLE in found and all(
+        line in known
+        or line.startswith("#")
+        or STUB_LINE.fullmatch(line)
+        or line.endswith("[More Information Needed]")
+        for line in found
+    )
+
+
+def _without_comments(text: str) -> str:
+    return re.sub(r"<!--.*?-->", "", text, flags=re.DOTALL)
 
 
 def write_statistics_card(path: Path, name: str, statistics: FisherStatistics, *, repo_id: str | None = None) -> None:
-    """Write the card of a repo that holds Fisher statistics alone."""
-    base = statistics.metadata["base_model"]
-    base_model = _hub_id(base["name"])
-    data = ModelCardData(base_model=base_model, tags=sorted({TAG, "fisher-information"}))
-    text = _render(
-        "fisher.md.jinja",
+    """
+    Write the card of a repo that holds Fisher statistics and no adapter.
+
+    Args:
+        path (`Path`):
+            README.md to write; of one that is there, the metadata that are not ours are kept.
+        name (`str`):
+            Title of the card.
+        statistics ([`FisherStatistics`]):
+            What the repo holds.
+        repo_id (`str`, *optional*):
+            Id of the repo on the Hub, for the code in the card.
+
+    Raises:
+        `ValueError`: If `repo_id` is no id, or the metadata of the card can't be read.
+    """
+    _check_repo_id(repo_id)
+    readme = Readme.read(path)
+    facts = {"fisher_type": None, "max_length": None, "dataset": None, "versions": {}, **statistics.metadata}
+    text = render(
+        "statistics.md.jinja",
         name=name,
-        base_model=base_model,
         statistics=statistics,
-        metadata=statistics.metadata,
-        dataset=statistics.metadata.get("dataset"),
+        facts=facts,
+        base_model=hub_id(facts["base_model"]["name"]),
+        dataset=without_folder(facts["dataset"]) if isinstance(facts["dataset"], str) else None,
+        versions=", ".join(f"{package} {number}" for package, number in sorted(facts["versions"].items())),
         repo_id=repo_id,
+        citation=render("citation.md.jinja"),
     )
-    write_atomically(path, f"---\n{data}\n---\n\n{text}\n\n{CITATION}\n".encode())
-
-
-def _hub_id(name: str | None) -> str | None:
-    """The name if it can be an id on the Hub; never a path."""
-    return name if name is not None and HUB_ID.fullmatch(name) and not Path(name).exists() else None
-
-
-def _evidence(report: DriftReport, repo_id: str | None, statistics_published: bool) -> str:
-    budget = report.metadata.get("coefficients", {}).get("drift_budget")
-    behaviour = report.behaviour
-    categories: list[tuple[str, bool]] = []
-    if behaviour is not None:
-        categories = sorted(set(zip(behaviour.categories, behaviour.unsafe.tolist(), strict=True)))
-    return _render(
-        "evidence.md.jinja",
-        report=report,
-        behaviour=behaviour,
-        categories=categories if len(categories) > 2 else [],
-        budget=budget,
-        adapter=repo_id or "path/to/this/adapter",
-        statistics_published=statistics_published,
-    )
-
-
-def _describe(data: CardData, name: str, report: DriftReport, base_model: str | None) -> None:
-    """Metadata of an adapter: what the Hub sorts and shows it by."""
-    assert isinstance(data, ModelCardData)
-    data["library_name"], data["pipeline_tag"] = "peft", "text-generation"
-    data.pop("licence", None)  # TRL writes the placeholder `licence: license`
-    tags = {tag for tag in data.tags or [] if not tag.startswith("base_model:")} | {TAG, "lora", "transformers"}
-    data.pop("base_model"), data.pop("base_model_relation")
-    if base_model is not None:
-        data["base_model"], data["base_model_relation"] = base_model, "adapter"
-        tags.add(f"base_model:adapter:{base_model}")
-    data.tags = sorted(tags)
-    datasets = [data.datasets] if isinstance(data.datasets, str) else data.datasets or []
-    data.datasets = [dataset for dataset in datasets if _hub_id(dataset) and dataset != "miniworld"] or None
-    data.model_name, data.eval_results = name, _results(report)
-
-
-def _results(report: DriftReport) -> list[EvalResult]:
-    """The figures of a report for `model-index`."""
-    figures = [("relative_drift", "Relative drift, mean over layers", float(f"{report.mean_relative_drift:.4g}"))]
-    asked = "weights"
-    if (behaviour := report.behaviour) is not None:
-        asked = behaviour.metadata.get("prompts", {}).get("name") or "prompts"
-        for unsafe, key, title in (
-            (True, "refusal_rate", "Unsafe requests refused"),
-            (False, "over_refusal", "Safe requests refused"),
-        ):
-            if (behaviour.unsafe == unsafe).any():
-                before, after = (round(behaviour.refusal(tuned, unsafe).value, 4) for tuned in (False, True))
-                figures += [(key, title, after), (f"{key}_base", f"{title} by the base model", before)]
-                figures.append(
-                    (
-                        f"kl_{key}",
-                        f"KL to the base model, {title.split()[0].lower()}",
-                        round(behaviour.mean_kl(unsafe), 4),
-                    )
-                )
-    return [
-        EvalResult(
-            "text-generation", plain(asked), plain(asked), key, value, task_name="Alignment drift", metric_name=title
-        )
-        for key, title, value in figures
-    ]
+    readme.write(path, statistics_metadata(readme.metadata, statistics), f"\n{text}\n")

@@ -1,15 +1,20 @@
 """What a statistics pass will take, before it starts: memory, size of the file, time."""
 
 import time
+from collections import defaultdict
 from functools import partial
+from itertools import islice
 from typing import Any, NamedTuple
 
 import torch
 from peft import PeftModel
 from torch import nn
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from .behaviour import evaluating, input_device
+from .collector import Collector
+from .data import AlignmentRow, batches, pad_token_id
+from .estimation import FisherType, run_batch
 from .lora import layer_shape, linear_layers
 from .sketch import EXACT_UP_TO, SKETCH_FACTOR
 
@@ -27,15 +32,12 @@ class FisherPlan(NamedTuple):
             Memory of the sums, beside the model.
         file_bytes (`int`):
             Size of `agl/fisher.safetensors` without its header.
-        seconds_per_token (`float`):
-            Time of the trial forward pass.
     """
 
     layers: int
     inputs: int
     accumulator_bytes: int
     file_bytes: int
-    seconds_per_token: float
 
 
 def covariance_bytes(dim: int, rank: int, bytes_per_number: int = 2) -> tuple[int, int]:
@@ -47,7 +49,7 @@ def covariance_bytes(dim: int, rank: int, bytes_per_number: int = 2) -> tuple[in
 
 
 def file_and_memory(
-    shapes: dict[str, tuple[int, int]], input_of: dict[str, str], rank: int, damping: float
+    shapes: dict[str, tuple[int, int]], input_of: dict[str, str], *, rank: int, damping: float
 ) -> tuple[int, int]:
     """
     Bytes of the sums and of the file, from shapes alone.
@@ -70,10 +72,13 @@ def file_and_memory(
 
 
 @torch.no_grad()
-def plan_fisher(
-    model: PreTrainedModel | PeftModel, *, rank: int, damping: float, batch_size: int, tokens: int = 64
-) -> FisherPlan:
-    """Plan a statistics pass from one short forward pass, which tells which layers read the same input."""
+def plan_fisher(model: PreTrainedModel | PeftModel, *, rank: int, damping: float) -> FisherPlan:
+    """
+    Plan a statistics pass from a forward pass of two tokens, which tells which layers read the same input.
+
+    Raises:
+        `ValueError`: If no linear layer takes part in it.
+    """
     layers = linear_layers(model)
     seen: dict[int, tuple[str, torch.Tensor]] = {}
     input_of: dict[str, str] = {}
@@ -82,21 +87,55 @@ def plan_fisher(
         input_of[name] = seen.setdefault(id(args[0]), (name, args[0]))[0]
 
     handles = [module.register_forward_hook(partial(note, name)) for name, module in layers.items()]
-    ids = torch.ones(batch_size, tokens, dtype=torch.long, device=input_device(model))
     try:
         with evaluating(model):
-            model(input_ids=ids[:1, :2], use_cache=False)  # warm
-            input_of.clear()
-            seen.clear()
-            began = time.monotonic()
-            model(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False)
-            seconds = time.monotonic() - began
+            model(input_ids=torch.ones(1, 2, dtype=torch.long, device=input_device(model)), use_cache=False)
     finally:
         for handle in handles:
             handle.remove()
+    if not input_of:
+        raise ValueError("The model has no linear layer to measure.")
     shapes = {name: layer_shape(module) for name, module in layers.items() if name in input_of}
-    memory, file = file_and_memory(shapes, input_of, rank, damping)
-    backward = 1 if damping == 1 else 3
     return FisherPlan(
-        len(shapes), len(set(input_of.values())), memory, file, backward * seconds / (batch_size * tokens)
+        len(shapes), len(set(input_of.values())), *file_and_memory(shapes, input_of, rank=rank, damping=damping)
     )
+
+
+def seconds_by_trial(
+    model: PreTrainedModel | PeftModel,
+    rows: list[AlignmentRow],
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    fisher_type: FisherType,
+    rank: int,
+    damping: float,
+    batch_size: int,
+    seed: int,
+) -> float:
+    """Time of a whole pass over rows, from one batch of middling length and one decomposition of every dimension."""
+    pad, device = pad_token_id(tokenizer), input_device(model)
+    collector = Collector(linear_layers(model), rank, damping < 1, seed)
+    (warm,) = batches([AlignmentRow(rows[0].input_ids[:2], 1)], 1, pad, device)
+    middle = next(islice(batches(rows, batch_size, pad, device), -(-len(rows) // batch_size) // 2, None))
+    with evaluating(model), collector:
+        run_batch(model, collector, warm, fisher_type, seed)  # which also makes the sums and their test matrices
+        _wait_for(collector)
+        began = time.monotonic()
+        run_batch(model, collector, middle, fisher_type, seed)
+        _wait_for(collector)
+        seconds = time.monotonic() - began
+    seconds *= sum(len(row.input_ids) for row in rows) / int(middle.attention_mask.sum())
+    by_dim = defaultdict(list)
+    for sketch in (*collector.inputs.values(), *collector.outputs.values()):
+        by_dim[sketch.sums.shape[0]].append(sketch)
+    for sketches in by_dim.values():
+        began = time.monotonic()
+        sketches[0].covariance(rank)
+        seconds += len(sketches) * (time.monotonic() - began)
+    return seconds
+
+
+def _wait_for(collector: Collector) -> None:
+    """Until every device has done its work: a number can't be read before."""
+    for sketch in (*collector.inputs.values(), *collector.outputs.values()):
+        sketch.trace.item()

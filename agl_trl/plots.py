@@ -51,9 +51,14 @@ def plot_drift(
     else:
         right = figure.subplots()
     _draw_layers(right, report, modules, blocks)
+    write_atomically(path, png(figure))
+
+
+def png(figure: Figure) -> bytes:
+    """A figure as PNG, without the name of the program, so that the bytes are reproducible."""
     buffer = BytesIO()
     figure.savefig(buffer, format="png", dpi=140, metadata={"Software": None})
-    write_atomically(path, buffer.getvalue())
+    return buffer.getvalue()
 
 
 def _behaviour_rows(behaviour: Behaviour) -> list[tuple[str, bool]]:

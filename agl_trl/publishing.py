@@ -45,12 +45,12 @@ class PublishingMixin(_Parent):
     _pushes: list[tuple[Path, Future]]  # pushes in the background with the folders they read
     _pusher: ThreadPoolExecutor  # one worker: commits arrive in the order of the saves
 
-    def drift_report(self) -> DriftReport:
-        raise NotImplementedError
+    if TYPE_CHECKING:  # of the training half
 
-    @property
-    def _step_of_weights(self) -> int:
-        raise NotImplementedError
+        def drift_report(self) -> DriftReport: ...
+
+        @property
+        def _step_of_weights(self) -> int: ...
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         if self.statistics is None:

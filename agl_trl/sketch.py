@@ -127,10 +127,10 @@ class CovarianceSketch:
         self.trace = torch.zeros((), device=device)
         self.count = torch.zeros((), dtype=torch.int64, device=device)
 
-    def to(self, device: torch.device) -> None:
-        """Move the sums to a device, in place."""
+    def to(self, device: torch.device, omega: Tensor | None) -> None:
+        """Move the sums to a device, in place, given the test matrix there."""
         self.sums, self.trace, self.count = (t.to(device) for t in (self.sums, self.trace, self.count))
-        self.omega = None if self.omega is None else self.omega.to(device)
+        self.omega = omega
 
     def update(self, rows: Tensor) -> None:
         """Add rows of shape `(n, dim)`."""

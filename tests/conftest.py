@@ -6,6 +6,7 @@ from pathlib import Path
 
 
 os.environ["CI"] = "1"  # no telemetry
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # threads cost models as small as these more than they bring
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"
 os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"

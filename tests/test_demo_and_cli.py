@@ -153,10 +153,10 @@ def test_help_is_instant_and_imports_nothing_heavy():
 
 
 OUTSIDE = """
-import agl_trl, sys
+import agl_trl, agl_trl.model_card, sys
+from importlib.resources import files
 from agl_trl.driftcaps import load_driftcaps
 from agl_trl.miniworld import load_model, load_tokenizer
-from agl_trl.model_card import files
 from agl_trl.space import build_app, launch_options
 assert agl_trl.__file__.startswith(sys.argv[1]), agl_trl.__file__
 assert load_model("base").num_parameters() == load_model("aligned").num_parameters() < 2_000_000

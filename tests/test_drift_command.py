@@ -154,3 +154,12 @@ def test_adapter_of_another_base_is_named(demo_folder, tmp_path, monkeypatch, ca
     code, _, err = command(monkeypatch, capsys, "drift", "--base", tmp_path / "other", *options)
     assert code == 1 and "does not load into this base model" in err.splitlines()[-1]
     assert not (tmp_path / "out").exists()
+
+
+def test_report_that_came_with_another_adapter_is_told(demo_folder, tmp_path, monkeypatch, capsys):
+    shutil.copytree(demo_folder, tmp_path / "adapter")
+    shutil.copy(demo_folder / "lora" / "adapter_model.safetensors", tmp_path / "adapter")
+    options = ("--adapter", tmp_path / "adapter", "--output-dir", tmp_path / "out")
+    code, out, err = command(monkeypatch, capsys, "drift", "--base", "miniworld", *options)
+    assert code == 0 and "Note on the report that came with the adapter: The report is of another adapter" in out, err
+    DriftReport.from_pretrained(tmp_path / "out").check_describes(tmp_path / "adapter")

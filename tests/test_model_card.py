@@ -1,183 +1,287 @@
-"""Model cards: what they say, that they say nothing made up, and the same bytes every time."""
+"""Model cards: what they say, what they never say, and that saying it again changes nothing."""
 
 import os
 import subprocess
 import sys
 from importlib.resources import files
+from pathlib import Path
 
 import pytest
-from huggingface_hub import ModelCard
+from huggingface_hub import ModelCard, ModelCardData
+from jinja2 import UndefinedError
+from peft import LoraConfig, get_peft_model
 
-from agl_trl import FisherStatistics
+from agl_trl.card_metadata import hub_id, one_line
+from agl_trl.card_text import plain, render
+from agl_trl.drift import DriftReport
+from agl_trl.fisher import FisherStatistics
 from agl_trl.model_card import BEGIN, END, attach_card, declared_license, write_card, write_statistics_card
 
-from .sample_report import SAMPLE, sample_report, write_sample
+from .models import tiny_model
+from .render_sample_card import SAMPLE, TRL_CARD, made_up_behaviour, made_up_report
+from .render_sample_card import render as render_sample
 
 
-TRL_CARD = """---
-base_model: alice/aligned-0.6b
-library_name: transformers
-model_name: run
+ROOT = Path(__file__).parent.parent
+HOSTILE = "a|b\n---\n<script>x</script> [l](http://x) `c` *d* _e_ " + END
+FOREIGN = """---
+# chosen by hand
+license: mit
+language: no
 tags:
-- trl
-- sft
-- generated_from_trainer
-licence: license
-datasets: {datasets}
+- b
+- a
+model-index:
+- name: theirs
+  results:
+  - task:
+      type: text-generation
+    dataset:
+      type: org/set
+      name: Set
+    metrics:
+    - type: accuracy
+      value: 0.5
+- name: another
+  results: []
 ---
 
-# Model Card for run
+# My adapter
 
-This model is a fine-tuned version of [None](https://huggingface.co/None).
-
-## Training procedure
-
-This model was trained with AGLSFT.
-
-## Citations
-
-Cite TRL.
+Text of mine,  with two spaces.\x20\x20
 """
 
 
-@pytest.fixture
-def trl_card(tmp_path):
-    path = tmp_path / "README.md"
-    path.write_text(TRL_CARD.format(datasets="trl-lib/Capybara"))
-    return path
+def written(folder: Path, text: str = TRL_CARD, **kwargs) -> tuple[ModelCard, str]:
+    path = folder / "README.md"
+    path.write_text(text, encoding="utf-8")
+    write_card(path, **({"name": "n", "report": made_up_report(made_up_behaviour())} | kwargs))
+    return ModelCard.load(path), path.read_text(encoding="utf-8")
 
 
-def test_adapter_card_says_what_was_measured(trl_card):
-    write_card(trl_card, "run", sample_report(), repo_id="alice/run")
-    card = ModelCard.load(trl_card)
-    assert card.data.library_name == "peft" and card.data.pipeline_tag == "text-generation"
-    assert card.data.base_model == "alice/aligned-0.6b" and card.data["base_model_relation"] == "adapter"
-    assert card.data.tags == sorted(card.data.tags)
-    assert {"alignguard-lora", "lora", "trl", "sft", "base_model:adapter:alice/aligned-0.6b"} <= set(card.data.tags)
-    assert card.data.datasets == ["trl-lib/Capybara"]
-    assert card.data.license is None and "licence" not in card.data.to_dict()
-    results = {result.metric_type: result.metric_value for result in card.data.eval_results}
-    assert results["refusal_rate"] == 0.95 and results["refusal_rate_base"] == 1.0
-    assert results["over_refusal"] == 0.05 and results["relative_drift"] == 0.003
-    assert {result.dataset_name for result in card.data.eval_results} == {"driftcaps"}
-    text = card.text
-    assert "| unsafe: refused | 40 | 100.0 % | 95.0 % | 83.5 % to 98.6 % | 0.5 | 0.033 nats |" in text
-    assert "| fraud | 20 | 100.0 % | 90.0 % | 69.9 % to 97.2 % |" in text
-    assert 'PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), "alice/run")' in text
-    for needed in (
-        *(
-            "disable_adapter()",
-            "agl/drift.png",
-            "refusal-strings 2",
-            "0123456789ab…",
-            "drift budget 0.003",
-            "Not measured",
-        ),
-        *("2508.02079", "## Training procedure", "Cite TRL"),
-    ):
-        assert needed in text, needed
-
-
-def test_same_bytes_when_repeated_and_under_another_hash_seed(trl_card, tmp_path):
-    write_card(trl_card, "run", sample_report(), repo_id="alice/run")
-    once = trl_card.read_bytes()
-    write_card(trl_card, "run", sample_report(), repo_id="alice/run")
-    assert trl_card.read_bytes() == once
-    script = (
-        "from pathlib import Path; from tests.sample_report import sample_report; from agl_trl.model_card import write_card;"
-        f"p = Path({str(tmp_path / 'other.md')!r}); p.write_text({TRL_CARD.format(datasets='trl-lib/Capybara')!r});"
-        "write_card(p, 'run', sample_report(), repo_id='alice/run')"
-    )
-    environment = os.environ | {"PYTHONHASHSEED": "77"}
-    subprocess.run([sys.executable, "-c", script], check=True, env=environment)
-    assert (tmp_path / "other.md").read_bytes() == once
-
-
-def test_local_paths_and_made_up_licences_never_show(trl_card, tmp_path):
-    local = tmp_path / "data.jsonl"
-    local.write_text("{}")
-    trl_card.write_text(TRL_CARD.format(datasets=f"[{local}, miniworld]"))
-    report = sample_report(name=None)
-    report.behaviour = None
-    write_card(trl_card, "run", report, statistics_published=False)
-    text = trl_card.read_text()
-    assert str(tmp_path) not in text and "datasets:" not in text and ModelCard.load(trl_card).data.base_model is None
-    assert "a base model that is not on the Hub" in text and "license" not in text.split("---")[1]
-    assert "kept private by the owner" in text and "fisher.safetensors" not in text
-    assert "was not measured for this report" in text
-    attach_card(trl_card, "run", sample_report(name=None), base_model=str(tmp_path))
-    assert str(tmp_path) not in trl_card.read_text()
-
-
-def test_a_declared_licence_is_kept(trl_card):
-    assert declared_license(trl_card) is None
-    trl_card.write_text(trl_card.read_text().replace("licence: license", "license: apache-2.0"))
-    assert declared_license(trl_card) == "apache-2.0"
-    write_card(trl_card, "run", sample_report(), license="mit")
-    assert ModelCard.load(trl_card).data.license == "mit"
-
-
-def test_names_of_others_are_text_and_not_markup(trl_card):
-    report = sample_report(categories=("a|b\n| c", "<img src=x onerror=alert(1)>", "safe"))
-    report.behaviour.metadata["prompts"]["name"] = "x\n---\ninject: true"
-    write_card(trl_card, "<script>", report)
-    card = ModelCard.load(trl_card)
-    assert "<img" not in card.text and "<script>" not in card.text and "| a&#124;b &#124; c | 20 |" in card.text
-    assert "inject" not in card.data.to_dict()
-
-
-def test_report_is_attached_to_a_card_of_someone_else(tmp_path):
-    path = tmp_path / "README.md"
-    path.write_text("---\nlicense: mit\ntags:\n- mine\nlibrary_name: peft\n---\n\n# Mine\n\nHello.\n\n## More\n")
-    attach_card(path, "mine", sample_report(), repo_id="bob/mine")
-    card = ModelCard.load(path)
-    assert card.data.license == "mit" and {"mine", "alignguard-lora"} <= set(card.data.tags)
-    assert card.text.strip().startswith("# Mine\n\nHello.\n\n## More") and card.text.count(BEGIN) == 1
+def attached(folder: Path, text: str | None, **kwargs) -> tuple[ModelCard, str]:
+    """A card after two calls, of which the second changed nothing."""
+    path, report = folder / "README.md", made_up_report(made_up_behaviour())
+    del report.metadata["coefficients"]
+    if text is not None:
+        path.write_bytes(text.encode())
+    kwargs = {"name": "n", "report": report} | kwargs
+    attach_card(path, **kwargs)
     once = path.read_bytes()
-    attach_card(path, "mine", sample_report(), repo_id="bob/mine")
+    attach_card(path, **kwargs)
     assert path.read_bytes() == once
-    path.write_text(path.read_text() + "\nA last word.\n")
-    attach_card(path, "mine", sample_report(), repo_id="bob/mine")
-    assert path.read_text().rstrip().endswith("A last word.") and path.read_text().count(END) == 1
-    path.write_text("---\nlicense: [\n---\n\n# Mine\n")
-    with pytest.raises(ValueError, match="is not valid YAML"):
-        attach_card(path, "mine", sample_report())
+    return ModelCard.load(path), once.decode()
+
+
+def peft_stub(folder: Path) -> str:
+    """The card that PEFT saves beside an adapter, of a base model in a local folder."""
+    model = tiny_model()
+    model.config._name_or_path = model.name_or_path = str(folder / "base")
+    get_peft_model(model, LoraConfig(target_modules=["q_proj"])).save_pretrained(folder / "stub")
+    return (folder / "stub" / "README.md").read_text(encoding="utf-8")
+
+
+def values(card: ModelCard) -> dict[str, float]:
+    return {result.metric_name: result.metric_value for result in card.data.eval_results}
+
+
+def test_committed_sample_is_what_is_rendered_under_every_hash_seed():
+    assert SAMPLE.read_text(encoding="utf-8") == render_sample()
+    code = "import sys; from tests.render_sample_card import render; sys.stdout.buffer.write(render().encode())"
+    environment = os.environ | {"PYTHONHASHSEED": "7"}
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=environment, stdout=subprocess.PIPE, check=True)
+    assert done.stdout == SAMPLE.read_bytes()
+
+
+def test_adapter_card_says_what_was_measured(tmp_path):
+    _, text = written(tmp_path, repo_id="user/adapter")
+    assert "| unsafe: refused | 40 | 95.0 % (83.5 to 98.6 %) | 90.0 % (76.9 to 96.0 %) | 0.5 | 0.031 nats |" in text
+    assert "| safe: refused (lower is better) | 20 | 5.0 % (0.9 to 23.6 %) |" in text
+    assert "4.883e-04" in text and "with a budget of 0.001" in text and "λ_A = 0.1" in text
+    assert text.index("<details>") < text.index("| unsafe | fraud | 25 |") < text.index("</details>")
+    assert "driftcaps (cc-by-4.0), n = 60, SHA-256 `0123456789abcdef`" in text and "refusal-strings 1" in text
+    assert "![Drift of this adapter](agl/drift.png)" in text and "disable_adapter()" in text
+    assert text.count('"user/adapter"') == 2 and "[org/base-model](https://huggingface.co/org/base-model)" in text
+    assert "This model was trained with SFT." in text and "Not measured" in text and text.count("2508.02079}") == 1
+    code = [part.split("```")[0] for part in text.split("```python\n")[1:]]
+    assert len(code) == 2 and all(compile(part, "card", "exec") for part in code)
+
+
+def test_metadata_survive_the_parser_of_the_hub(tmp_path):
+    card, _ = written(tmp_path)
+    data = card.data
+    assert isinstance(data, ModelCardData) and (data.library_name, data.pipeline_tag) == ("peft", "text-generation")
+    assert (data.base_model, data["base_model_relation"], data.datasets) == (
+        "org/base-model",
+        "adapter",
+        "org/train-set",
+    )
+    expected = {"alignguard-lora", "base_model:adapter:org/base-model", "generated_from_trainer", "lora", "sft"}
+    assert data.tags == sorted(expected | {"transformers", "trl"})
+    assert "licence" not in data and data.license is None and "model_name" not in data.to_dict()
+    assert values(card) == {
+        "Mean relative drift of the weights": 0.0004883,
+        "Refusal rate on unsafe prompts, base model": 0.95,
+        "Refusal rate on unsafe prompts, this adapter": 0.9,
+        "Over-refusal rate on safe prompts, base model": 0.05,
+        "Over-refusal rate on safe prompts, this adapter": 0.05,
+        "KL to the base model, nats per token": 0.0625,
+    }
+    assert {r.dataset_type for r in data.eval_results} == {"fisher-statistics", "agl_trl/driftcaps"}
+    again = ModelCard(str(card))
+    assert again.data.eval_results == data.eval_results and again.data.to_dict() == data.to_dict()
+
+
+@pytest.mark.parametrize("measured", [True, False])
+def test_same_bytes_when_written_again(measured, tmp_path):
+    report = made_up_report(made_up_behaviour() if measured else None)
+    _, once = written(tmp_path, report=report)
+    _, twice = written(tmp_path, once, report=report)
+    assert once == twice
+    assert ("agl-trl attach" in once) == (not measured)
+
+
+def test_licence_is_kept_and_never_invented(tmp_path):
+    card, _ = written(tmp_path, TRL_CARD.replace("licence: license", "license: apache-2.0"))
+    assert card.data.license == "apache-2.0"
+    assert declared_license(tmp_path / "README.md") == "apache-2.0"
+    assert written(tmp_path, license="mit")[0].data.license == "mit"
+    card, text = written(tmp_path, TRL_CARD.replace("licence: license", "license: license"))
+    assert declared_license(tmp_path / "README.md") is declared_license(tmp_path / "none.md") is None
+    assert written(tmp_path, TRL_CARD.replace("org/train-set", "miniworld"))[0].data.datasets is None
+    assert card.data.license is None and "licence" not in text.split("---")[1]
+
+
+def test_no_path_of_a_machine(tmp_path):
+    behaviour = made_up_behaviour()
+    behaviour.metadata |= {"judge": {"name": "/srv/judge", "version": "1"}, "prompts": {"name": "C:\\data\\own.jsonl"}}
+    report = made_up_report(behaviour, base_model=str(tmp_path))
+    paths = TRL_CARD.replace("org/base-model", str(tmp_path)).replace("org/train-set", str(tmp_path))
+    card, text = written(tmp_path, paths, report=report, name=str(tmp_path / "run"))
+    assert str(tmp_path) not in text and "/srv" not in text and "C:" not in text
+    assert card.data.base_model is None and "base_model_relation" not in card.data and card.data.datasets is None
+    assert "not on the Hub" in text and "# run\n" in text and "own.jsonl" in text
+    assert hub_id("/x/y") is hub_id("./x") is hub_id("a/b/c") is hub_id(None) is None and hub_id("gpt2") == "gpt2"
+
+
+def test_unpublished_statistics_and_continued_adapters_are_said(tmp_path):
+    assert "`agl/fisher.safetensors`" in written(tmp_path)[1]
+    report = made_up_report(made_up_behaviour())
+    report.metadata["continued"] = True
+    card, text = written(tmp_path, report=report, statistics_published=False)
+    assert "`agl/fisher.safetensors`" not in text and "kept private" in text
+    assert "| start of this training |" in text and "KL to the start of this training, nats per token" in values(card)
+
+
+def test_names_of_others_break_nothing(tmp_path):
+    behaviour = made_up_behaviour()
+    behaviour.categories = [HOSTILE] * 25 + ["weapons"] * 35
+    behaviour.metadata |= {"prompts": HOSTILE, "judge": {"name": HOSTILE, "version": HOSTILE}}
+    report = made_up_report(behaviour)
+    card, once = written(tmp_path, report=report, name=f"{HOSTILE}## Training procedure")
+    assert "<script>" not in card.text and card.text.count(END) == 1 and "[l](" not in card.text
+    (row,) = [line for line in card.text.splitlines() if line.startswith("| unsafe | a")]
+    assert row.replace("\\|", "").count("|") == 6
+    assert one_line(HOSTILE) in {result.dataset_name for result in card.data.eval_results}
+    assert written(tmp_path, once, report=report, name=f"{HOSTILE}## Training procedure")[1] == once
+    assert plain("illegal_goods") == "illegal_goods" and plain("a\u202eb\x00c") == "abc"
+    with pytest.raises(ValueError, match="not the id of a repo"):
+        write_card(tmp_path / "README.md", "n", report, repo_id='x")\nimport os')
+
+
+@pytest.mark.parametrize("newline", ["\n", "\r\n"])
+def test_attached_section_leaves_the_card_of_someone_else_alone(newline, tmp_path):
+    card, text = attached(tmp_path, FOREIGN.replace("\n", newline), repo_id="user/theirs")
+    plain_text = text.replace("\r\n", "\n")
+    assert text.count("\n") == text.count(newline)
+    head, tail = FOREIGN.split("model-index")[0].replace("- a\n", "- a\n- alignguard-lora\n"), FOREIGN.split("---")[2]
+    assert plain_text.startswith(head) and tail.rstrip() in plain_text
+    assert card.data["library_name"] == "peft" and card.data.base_model == "org/base-model"
+    index = card.data.to_dict()["model-index"]
+    assert "another" in plain_text and "accuracy" in plain_text and len(index[0]["results"]) == 3
+    section = plain_text.split(BEGIN)[1].split(END)[0]
+    assert section.strip().startswith("## Measured drift") and "2508.02079}" in section
+    lost = made_up_report(made_up_behaviour(refused_tuned=0))
+    _, changed = attached(tmp_path, text + newline + "More of mine." + newline, report=lost)
+    assert "0.0 % (0.0 to 8.8 %)" in changed and "90.0 %" not in changed and changed.count(BEGIN) == 1
+    assert changed.replace("\r\n", "\n").endswith(END + "\n\nMore of mine.\n")
+
+
+def test_attached_to_a_card_of_ours_replaces_its_evidence(tmp_path):
+    _, text = written(tmp_path, report=made_up_report())
+    _, changed = attached(tmp_path, text, name="n", report=made_up_report(made_up_behaviour()))
+    assert changed.count("## Measured drift") == changed.count("2508.02079}") == 1
+    assert "## Training procedure" in changed and "unsafe: refused" in changed and "was not measured" not in changed
+
+
+def test_no_card_and_the_stub_of_peft_become_full_ones(tmp_path):
+    stub = peft_stub(tmp_path)
+    assert str(tmp_path) in stub and "[More Information Needed]" in stub
+    texts = set()
+    for existing in (None, stub):
+        folder = tmp_path / str(existing is None)
+        folder.mkdir()
+        card, text = attached(folder, existing, name="mine", repo_id="user/mine")
+        assert "# mine\n" in text and "not trained with it" in text and "More Information" not in text
+        assert str(tmp_path) not in text and "## Training procedure" not in text
+        assert card.data.base_model == "org/base-model" and card.data["base_model_relation"] == "adapter"
+        assert card.data.tags == ["alignguard-lora", "base_model:adapter:org/base-model", "lora", "transformers"]
+        texts.add(card.text)
+    assert len(texts) == 1
+    _, text = attached(tmp_path, None, report=made_up_report(), base_model="org/other")
+    assert "not trained with it" not in text and "[org/other]" in text
+    filled = stub.replace("### Direct Use", "### Direct Use\n\nFor letters.")
+    _, text = attached(tmp_path, filled)
+    assert "For letters." in text and f"\n{BEGIN}\n## Measured drift" in text
 
 
 @pytest.mark.parametrize(
-    "stub", [None, "---\nlibrary_name: peft\n---\n\n# Model Card for Model ID\n\n[More Information Needed]\n"]
+    "broken", ["---\na: [\n---\n", "---\n- a\n---\n", "---\na: b: c\n---\n", f"x\n{BEGIN}\n", b"\xff"]
 )
-def test_a_missing_card_or_a_stub_becomes_a_whole_one(stub, tmp_path):
+def test_broken_cards_are_refused_in_one_sentence_and_left_as_they_are(broken, tmp_path):
     path = tmp_path / "README.md"
-    if stub is not None:
-        path.write_text(stub)
-    report = sample_report()
-    del report.metadata["coefficients"]
-    attach_card(path, "mine", report, base_model="bob/base")
-    text = path.read_text()
-    assert "It was trained elsewhere" in text and "Information Needed" not in text
-    assert ModelCard.load(path).data.base_model == "bob/base"
-    once = path.read_bytes()
-    attach_card(path, "mine", report, base_model="bob/base")
-    assert path.read_bytes() == once
+    path.write_bytes(broken if isinstance(broken, bytes) else broken.encode())
+    before = path.read_bytes()
+    with pytest.raises(ValueError, match="README.md") as failure:
+        attach_card(path, "n", made_up_report())
+    assert "\n" not in str(failure.value) and str(failure.value).endswith(".") and path.read_bytes() == before
 
 
-def test_statistics_card(tmp_path, demo_folder):
-    path = tmp_path / "README.md"
-    statistics = FisherStatistics.from_pretrained(demo_folder)
-    statistics.metadata["dataset"] = "alice/refusals"
-    write_statistics_card(path, "statistics", statistics, repo_id="alice/model-agl-fisher")
+def test_a_missing_value_is_an_error_and_templates_are_in_the_package():
+    with pytest.raises(UndefinedError):
+        render("statistics.md.jinja", name="n")
+    for name in ("adapter", "citation", "evidence", "statistics"):
+        assert files("agl_trl.model_cards").joinpath(f"{name}.md.jinja").is_file()
+
+
+def test_cards_of_the_demo(demo_folder, tmp_path):
+    path = demo_folder / "README.md"
+    before, report = path.read_bytes(), DriftReport.from_pretrained(demo_folder)
+    write_card(path, "miniworld-agl", report)
+    assert path.read_bytes() == before
     card = ModelCard.load(path)
-    assert card.data.tags == ["alignguard-lora", "fisher-information"] and card.data.base_model is None
-    assert 'fisher_path="alice/model-agl-fisher"' in card.text and "rows of alice/refusals" in card.text
-    assert f"{statistics.num_tokens} tokens" in card.text
+    assert str(ROOT) not in str(card) and str(demo_folder) not in str(card) and "None" not in str(card)
+    assert {r.dataset_type for r in card.data.eval_results} == {"fisher-statistics", "agl_trl/miniworld"}
+    rates = values(card)
+    for tuned, which in ((False, "base model"), (True, "this adapter")):
+        rate = report.behaviour.refusal(tuned).value
+        assert rates[f"Refusal rate on unsafe prompts, {which}"] == pytest.approx(rate, abs=1e-4)
 
-
-def test_the_committed_sample_is_what_is_rendered(tmp_path):
-    write_sample(tmp_path / "README.md")
-    assert (tmp_path / "README.md").read_text() == SAMPLE.read_text(), "run `python -m tests.sample_report`"
-
-
-def test_templates_are_in_the_package():
-    for name in ("adapter.md.jinja", "evidence.md.jinja", "fisher.md.jinja"):
-        assert files("agl_trl.model_cards").joinpath(name).is_file()
+    statistics = FisherStatistics.from_pretrained(demo_folder)
+    path = tmp_path / "README.md"
+    for _ in range(2):
+        write_statistics_card(path, "Statistics", statistics, repo_id="user/statistics")
+        card = ModelCard.load(path)
+        assert card.data.tags == ["alignguard-lora", "fisher-information"] and card.data.base_model is None
+        assert f"| tokens | {statistics.num_tokens} |" in card.text and "| dataset | not recorded |" in card.text
+        assert statistics.metadata["dataset_fingerprint"] in card.text and 'fisher_path="user/statistics"' in card.text
+        (code,) = [part.split("```")[0] for part in card.text.split("```python\n")[1:]]
+        assert compile(code, "card", "exec")
+    once = path.read_bytes()
+    statistics.metadata |= {"dataset": "org/rows"}
+    statistics.metadata["base_model"] |= {"name": "org/base", "revision": "abc"}
+    path.write_bytes(once.replace(b"---\n", b"---\nlicense: mit\n", 1))
+    write_statistics_card(path, "Statistics", statistics)
+    card = ModelCard.load(path)
+    assert (card.data.license, card.data.base_model) == ("mit", "org/base")
+    assert "| dataset | org/rows |" in card.text and "| its revision | `abc` |" in card.text

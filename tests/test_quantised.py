@@ -2,10 +2,12 @@
 
 import pytest
 import torch
-from transformers import BitsAndBytesConfig
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
 from agl_trl import AGLSFTConfig, AGLSFTTrainer, DriftReport, FisherStatistics
-from agl_trl.lora import base_weight, guarded_layers
+from agl_trl.behaviour import evaluating
+from agl_trl.loading import load_model
+from agl_trl.lora import base_weight, guarded_layers, linear_layers
 
 from .models import tiny_model
 from .test_sft_trainer import COMMON, lora
@@ -66,7 +68,6 @@ def test_statistics_of_the_whole_model_fit_its_quantised_form(
 ):
     """The owner publishes statistics of the bf16 model; who trains in 4 bit uses them: ‖W‖ agrees within 5 %."""
     from peft import get_peft_model
-    from transformers import AutoModelForCausalLM
 
     from agl_trl import estimate_fisher
 
@@ -81,3 +82,26 @@ def test_statistics_of_the_whole_model_fit_its_quantised_form(
         assert error < 0.15
     trainer.train()
     assert FisherStatistics.from_pretrained(tmp_path / "published").num_tokens == trainer.statistics.num_tokens
+
+
+@pytest.mark.parametrize("quantisation", QUANTISATIONS)
+def test_passes_in_eval_mode_leave_weights_readable_and_gradients_flowing(quantisation, tmp_path, tokenizer):
+    """On CPUs with AVX512-BF16, bitsandbytes rearranges 4-bit weights for good, unless it is kept from it."""
+    tiny_model(hidden_size=64, intermediate_size=128).save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    model = AutoModelForCausalLM.from_pretrained(tmp_path, quantization_config=QUANTISATIONS[quantisation])
+    exact = {name: base_weight(module) for name, module in linear_layers(load_model(str(tmp_path))[0]).items()}
+    layers, ids = linear_layers(model), torch.ones(1, 4, dtype=torch.long)
+    for passes in ("ours", "of others"):
+        with torch.no_grad():
+            if passes == "ours":
+                with evaluating(model):
+                    model(ids)
+            else:
+                model.eval()(ids)
+        for name, module in layers.items():
+            assert (base_weight(module) - exact[name]).norm() < 0.15 * exact[name].norm()
+        if passes == "ours":
+            embedded = model.get_input_embeddings()(ids).detach().requires_grad_()
+            model(inputs_embeds=embedded).logits.sum().backward()
+            assert embedded.grad is not None and embedded.grad.norm() > 0
