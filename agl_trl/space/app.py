@@ -80,7 +80,8 @@ def build_app(base: str | None = None, adapter: str | None = None) -> gr.Blocks:
         adapter_box.submit(**loading, **hidden | dict(show_progress="minimal"), concurrency_id="loading")
         measure.change(redraw, [base_box, adapter_box, measure], drift, **hidden)
         # What a link carries is read in the browser; models are loaded only where it names some.
-        restored = app.load(None, None, [*settings, base_box, adapter_box], js="() => aglRestore()", **hidden)
+        carried = [*settings, base_box, adapter_box]
+        restored = app.load(None, carried, carried, js="(...values) => aglRestore(...values)", **hidden)
         restored.then(
             lambda base, adapter, measure: show(base, adapter, measure) if base or adapter else (gr.skip(),) * 3,
             [base_box, adapter_box, measure],

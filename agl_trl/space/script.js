@@ -24,7 +24,8 @@ window.aglLink = async (prompt, temperature, seed, length, base, adapter) => {
   aglSay(document.querySelector("#link"), "Link copied");
 };
 
-window.aglRestore = () => {
+// What the link does not name stays as it is: a visitor may have typed already.
+window.aglRestore = (prompt, temperature, seed, length, base, adapter) => {
   const query = new URLSearchParams(window.location.search);
   const hash = new URLSearchParams(window.location.hash.slice(1));
   const number = (name, fallback) => {
@@ -32,9 +33,9 @@ window.aglRestore = () => {
     return Number.isFinite(value) ? value : fallback;
   };
   return [
-    (hash.get("prompt") ?? "").slice(0, 4000),
-    number("temperature", 0), number("seed", 0), number("length", 64),
-    (query.get("base") ?? "").slice(0, 200), (query.get("adapter") ?? "").slice(0, 200),
+    hash.has("prompt") ? hash.get("prompt").slice(0, 4000) : prompt,
+    number("temperature", temperature), number("seed", seed), number("length", length),
+    (query.get("base") ?? base ?? "").slice(0, 200), (query.get("adapter") ?? adapter ?? "").slice(0, 200),
   ];
 };
 
