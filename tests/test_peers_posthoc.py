@@ -3,15 +3,17 @@
 import pytest
 import torch
 
+from agl_trl.data import tokenize_row
 from agl_trl.lora import base_weight, guarded_layers, linear_layers
 from agl_trl.miniworld import load_model, load_tokenizer, task_dataset
 from examples.benchmark.lox import extrapolation
 from examples.benchmark.methods import METHODS, Setting
 from examples.benchmark.safe_lora import alignment_matrix
+from examples.benchmark.salora import output_directions
 from examples.benchmark.splora import ediem
 
 
-NAMES = ["lora", "safe-lora", "safe-lora-exact", "splora", "splora-cosine", "lox"]
+NAMES = ["lora", "safe-lora", "safe-lora-exact", "splora", "splora-cosine", "lox", "salora"]
 
 
 @pytest.fixture(scope="module")
@@ -147,3 +149,42 @@ def same_function(first, second) -> None:
     ids = torch.arange(30, 70)[None]
     logits = [model.eval()(input_ids=ids).logits for model in (first, second)]
     torch.testing.assert_close(*logits, atol=1e-4, rtol=1e-4)
+
+
+def test_salora_starts_as_the_aligned_model_and_stays_out_of_the_safety_subspace(trained, tmp_path):
+    setting = Setting(tmp_path, 0, 4, load_tokenizer(), task_dataset("steps").select(range(64)))
+    start, aligned = METHODS["salora"].make(setting), load_model()
+    same_function(start.model, aligned)
+    weights, ours = linear_layers(aligned), updates(trained["salora"])
+    for layer in guarded_layers(start.model):
+        A, CB, s = layer.current
+        V = layer.module.lora_B["default"].parametrizations.weight[0].V.double()
+        C = torch.eye(len(V), dtype=torch.float64) - V @ V.mT
+        residual = base_weight(weights[layer.name]).double() - s * CB.double() @ A.double()
+        torch.testing.assert_close(base_weight(layer.module).double(), residual, atol=1e-5, rtol=1e-5)
+        original = layer.module.lora_B["default"].parametrizations.weight.original.double()
+        torch.testing.assert_close(CB.double(), C @ original, atol=1e-5, rtol=1e-5)
+        # Rank r of W: A₀ spans its first right singular vectors, and AᵀA has its singular values.
+        torch.testing.assert_close((A @ A.mT).diagonal(), torch.linalg.svdvals(base_weight(weights[layer.name]))[:8])
+        assert V.shape[1] == 32 and s == 1
+        # After training too, and the annihilated part is not simply all of it.
+        assert (V.mT @ ours[layer.name]).norm() < 1e-4 * ours[layer.name].norm()
+        assert ours[layer.name].norm() > 1e-3
+    for layer in guarded_layers(start.model):  # any B keeps out, and the written adapter is the trained function
+        original = layer.module.lora_B["default"].parametrizations.weight.original
+        torch.nn.init.normal_(original, std=0.02)
+    same_function(start.model, start.on_aligned())
+
+
+@torch.no_grad()
+def test_output_directions_are_singular_vectors_of_answer_outputs():
+    tokenizer, model = load_tokenizer(), load_model()
+    rows = list(task_dataset("steps").select(range(5)))
+    found = output_directions(model, rows, tokenizer, 3)["model.layers.0.self_attn.q_proj"].double()
+    outputs = []
+    for row in (tokenize_row(row, tokenizer) for row in rows):
+        hidden = model.model.embed_tokens(torch.tensor([row.input_ids]))
+        X = model.model.layers[0].input_layernorm(hidden)[0, row.answer_start :].double()
+        outputs.append(X @ base_weight(model.model.layers[0].self_attn.q_proj).double().mT)
+    expected = torch.linalg.svd(torch.cat(outputs)).Vh[:3].mT
+    torch.testing.assert_close(found @ found.mT, expected @ expected.mT, atol=1e-4, rtol=1e-4)

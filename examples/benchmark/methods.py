@@ -22,6 +22,7 @@ from agl_trl.sketch import LowRankCovariance
 from .ideas import layer_importance, proximal, pseudo_replay
 from .lox import lox
 from .safe_lora import safe_lora
+from .salora import salora
 from .setting import Setting, build, common, published_statistics
 from .splora import splora
 
@@ -213,6 +214,7 @@ METHODS = {
     "kl": Method(agl(alignment_coef=0.0, anchor_coef=1.0, anchor_every=1, anchor_batch_size=16), "KL", ROWS),
     "safe-lora": Method(safe_lora(), "Safe LoRA", PAIR),
     "safe-lora-exact": Method(safe_lora(energy=0.5), "Safe LoRA, exact", PAIR),
+    "salora": Method(salora(), "SaLoRA", ROWS),
     "splora": Method(splora(), "SPLoRA", PAIR),
     "splora-cosine": Method(splora(score="cosine"), "SPLoRA, by cosine", PAIR),
     "lox": Method(lox(), "LoX", PAIR),
