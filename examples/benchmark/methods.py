@@ -20,7 +20,11 @@ from agl_trl.miniworld import alignment_dataset, load_model
 from agl_trl.sketch import LowRankCovariance
 
 from .ideas import layer_importance, proximal, pseudo_replay
+from .lox import lox
+from .safe_lora import safe_lora
+from .salora import salora
 from .setting import Setting, build, common, published_statistics
+from .splora import splora
 
 
 def plain(**changes: Any) -> Callable[[Setting], SFTTrainer]:
@@ -160,7 +164,7 @@ class Method:
 
 
 ALL = dict(collision_coef=0.1, collision_rows=32)
-NOTHING, STATISTICS, ROWS = "nothing", "statistics", "safety rows"
+NOTHING, STATISTICS, ROWS, PAIR = "nothing", "statistics", "safety rows", "aligned and base weights"
 METHODS = {
     "lora": Method(plain(), "plain LoRA", NOTHING, preferences=True),
     "lora-lr-1e-3": Method(plain(learning_rate=1e-3), "plain LoRA", NOTHING),
@@ -208,5 +212,12 @@ METHODS = {
     "replay": Method(replay(), "replay", ROWS),
     "replay-1": Method(replay(1.0), "replay", ROWS),
     "kl": Method(agl(alignment_coef=0.0, anchor_coef=1.0, anchor_every=1, anchor_batch_size=16), "KL", ROWS),
+    "safe-lora": Method(safe_lora(), "Safe LoRA", PAIR),
+    "safe-lora-exact": Method(safe_lora(energy=0.5), "Safe LoRA, exact", PAIR),
+    "salora": Method(salora(), "SaLoRA", ROWS),
+    "splora": Method(splora(), "SPLoRA", PAIR),
+    "splora-cosine": Method(splora(score="cosine"), "SPLoRA, by cosine", PAIR),
+    "lox": Method(lox(), "LoX", PAIR),
+    "lox-full": Method(lox(rank=0, coef=1.0), "LoX", PAIR),
 }
 QUICK = ("lora", "agl-3", "budget-3e-3", "replay")

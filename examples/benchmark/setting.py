@@ -4,13 +4,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from datasets import Dataset
-from peft import LoraConfig, get_peft_model
-from transformers import PreTrainedTokenizerBase, PrinterCallback
+from peft import LoraConfig, PeftModel, get_peft_model
+from torch import Tensor
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, PrinterCallback
 from trl import DPOConfig, DPOTrainer, SFTConfig, SFTTrainer
 
 from agl_trl import AGLDPOConfig, AGLDPOTrainer, AGLSFTConfig, AGLSFTTrainer, estimate_fisher
 from agl_trl.demo import LORA, TRAINING
+from agl_trl.lora import guarded_layers
 from agl_trl.miniworld import alignment_dataset, load_model
 
 
@@ -47,15 +50,33 @@ def common(setting: Setting, **changes: Any) -> dict[str, Any]:
 
 def build(trainer_class: type, args: SFTConfig, setting: Setting, **kwargs: Any) -> SFTTrainer:
     trainer = trainer_class(
-        model=load_model(),
         args=args,
         train_dataset=setting.train,
         processing_class=setting.tokenizer,
-        peft_config=LoraConfig(**LORA),
-        **kwargs,
+        **dict(model=load_model(), peft_config=LoraConfig(**LORA)) | kwargs,
     )
     trainer.remove_callback(PrinterCallback)
     return trainer
+
+
+@torch.no_grad()
+def adapted(model: PreTrainedModel, updates: dict[str, tuple[Tensor, Tensor]]) -> PeftModel:
+    """
+    A model with given updates `ΔW = B A` of its linear layers as an adapter: what a method that trains on another base comes
+    to on the aligned one, so that its drift is measured like that of all others.
+
+    Args:
+        model (`PreTrainedModel`):
+            The aligned model.
+        updates (`dict[str, tuple[Tensor, Tensor]]`):
+            A of shape `(R, d_in)` and B of shape `(d_out, R)` of every linear layer by name, R the same for all.
+    """
+    (rank,) = {len(A) for A, _ in updates.values()}
+    model = get_peft_model(model, LoraConfig(**LORA | dict(r=rank, lora_alpha=rank)))  # scaling 1
+    for layer in guarded_layers(model):
+        for parameter, value in zip(layer.parameters, updates[layer.name], strict=True):
+            parameter.copy_(value)
+    return model.eval()
 
 
 def published_statistics(folder: Path, tokenizer: PreTrainedTokenizerBase) -> Path:
