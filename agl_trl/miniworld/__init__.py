@@ -3,7 +3,8 @@ A miniature of an aligned language model and of everything around it, small enou
 laptop.
 
 A Llama of one million parameters was pretrained to comply with everything and then aligned to refuse unsafe requests,
-both with TRL. The two checkpoints, alignment rows, held-out prompts and benign tasks come with the package; `python -m
+both with TRL. The checkpoints (and two smaller
+pairs, for how things change with size), alignment rows, held-out prompts and benign tasks come with the package; `python -m
 agl_trl.miniworld.build` makes the checkpoints again. Its world is a template grammar: what holds here shows that a
 method does what it says, not how much it helps on a real model.
 """
@@ -11,7 +12,7 @@ method does what it says, not how much it helps on a real model.
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Literal, get_args
 
 from .data import alignment_dataset, heldout_safe, heldout_unsafe, preference_dataset, task_dataset
 from .prompts import CATEGORIES, UNSEEN_CATEGORIES, XSTEST_TYPES
@@ -37,14 +38,20 @@ __all__ = [
 ]
 
 
-def checkpoint_path(name: Literal["base", "aligned"] = "aligned") -> Path:
-    """Return the folder of a checkpoint: `"base"` complies with everything, `"aligned"` refuses what is unsafe."""
-    if name not in ("base", "aligned"):
-        raise ValueError(f"Unknown checkpoint {name!r}: choose 'base' or 'aligned'.")
+CheckpointName = Literal["base", "aligned", "base-medium", "aligned-medium", "base-small", "aligned-small"]
+
+
+def checkpoint_path(name: CheckpointName = "aligned") -> Path:
+    """
+    Return the folder of a checkpoint: `"base"` complies with everything, `"aligned"` refuses what is unsafe. Those of 0.4
+    and 0.2 million parameters end in `-medium` and `-small`.
+    """
+    if name not in get_args(CheckpointName):
+        raise ValueError(f"Unknown checkpoint {name!r}: choose of {', '.join(map(repr, get_args(CheckpointName)))}.")
     return Path(__file__).parent / "checkpoints" / name
 
 
-def load_model(name: Literal["base", "aligned"] = "aligned") -> LlamaForCausalLM:
+def load_model(name: CheckpointName = "aligned") -> LlamaForCausalLM:
     """Return an embedded checkpoint as a `LlamaForCausalLM` in float32, in eval mode."""
     import torch
     from transformers import LlamaForCausalLM
@@ -54,7 +61,7 @@ def load_model(name: Literal["base", "aligned"] = "aligned") -> LlamaForCausalLM
 
 
 def load_tokenizer() -> PreTrainedTokenizerFast:
-    """Return the tokenizer of both checkpoints: byte-level BPE, and a chat template that marks assistant tokens."""
+    """Return the tokenizer of all checkpoints: byte-level BPE, and a chat template that marks assistant tokens."""
     from transformers import PreTrainedTokenizerFast
 
     return PreTrainedTokenizerFast.from_pretrained(checkpoint_path("aligned"))

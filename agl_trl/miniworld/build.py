@@ -1,5 +1,5 @@
 """
-Make the embedded checkpoints again: `python -m agl_trl.miniworld.build [--output-dir DIR]`.
+Make the embedded checkpoints again: `python -m agl_trl.miniworld.build [--size small] [--output-dir DIR]`.
 
 Four steps, all of them library code: a byte-level BPE tokenizer, SFT pretraining that complies with everything
 (`base`), SFT alignment and DPO alignment (`aligned`). Two runs on one machine write the same bytes.
@@ -35,7 +35,7 @@ from transformers import (
 from transformers.utils import logging as transformers_logging
 from trl import DPOConfig, DPOTrainer, SFTConfig, SFTTrainer
 
-from .cards import model_card
+from .cards import SHAPES, Size, model_card
 from .data import alignment_pairs, conversations, heldout_safe, heldout_unsafe, preference_dataset, pretraining_pairs
 
 
@@ -110,13 +110,14 @@ def build_tokenizer() -> PreTrainedTokenizerFast:
     )
 
 
-def new_model(tokenizer: PreTrainedTokenizerFast) -> LlamaForCausalLM:
-    """Return the untrained Llama, of about one million parameters."""
+def new_model(tokenizer: PreTrainedTokenizerFast, size: Size = "large") -> LlamaForCausalLM:
+    """Return the untrained Llama, of about one million parameters unless a smaller size is asked for."""
+    hidden_size, intermediate_size = SHAPES[size]
     return LlamaForCausalLM(
         LlamaConfig(
             vocab_size=len(tokenizer),
-            hidden_size=128,
-            intermediate_size=352,
+            hidden_size=hidden_size,
+            intermediate_size=intermediate_size,
             num_hidden_layers=4,
             num_attention_heads=4,
             max_position_embeddings=256,
@@ -208,21 +209,22 @@ def _load(folder: Path) -> LlamaForCausalLM:
     return LlamaForCausalLM.from_pretrained(folder, dtype=torch.float32)
 
 
-def _report(folder: Path, tokenizer: PreTrainedTokenizerFast) -> Table:
-    table = Table("refusal on", "rows", "base", "aligned", title="Greedy answers of the saved checkpoints")
-    saved = {name: _load(folder / name) for name in ("base", "aligned")}
+def _report(folders: tuple[Path, Path], tokenizer: PreTrainedTokenizerFast) -> Table:
+    table = Table("refusal on", "rows", *(f.name for f in folders), title="Greedy answers of the saved checkpoints")
+    saved = [_load(folder) for folder in folders]
     for title, rows in {
         "held-out unsafe prompts": heldout_unsafe(),
         "held-out unsafe prompts, unseen categories": heldout_unsafe(unseen=True),
         "held-out safe look-alikes": heldout_safe(),
     }.items():
-        rates = [refusal_rate(model, tokenizer, rows) for model in saved.values()]
+        rates = [refusal_rate(model, tokenizer, rows) for model in saved]
         table.add_row(title, str(len(rows)), *(f"{rate:.1%}" for rate in rates))
     return table
 
 
 def main(
     output_dir: Annotated[Path, typer.Option(help="Folder for base/ and aligned/.")] = CHECKPOINTS,
+    size: Annotated[Size, typer.Option(help="Of the model; the folders of a smaller one end in its name.")] = "large",
 ) -> None:
     """Rebuild the tokenizer and both checkpoints of the miniature world."""
     torch.set_num_threads(NUM_THREADS)
@@ -236,19 +238,20 @@ def main(
     warnings.filterwarnings("ignore", message="`is_gradient_checkpointing`", category=FutureWarning)
 
     tokenizer = build_tokenizer()
-    model = new_model(tokenizer)
+    model = new_model(tokenizer, size)
+    base, aligned = (output_dir / (name if size == "large" else f"{name}-{size}") for name in ("base", "aligned"))
     console.print(f"{len(tokenizer):,} tokens, {model.num_parameters():,} parameters")
     rows = conversations(pretraining_pairs())
     model = sft(model, tokenizer, rows, "pretraining", learning_rate=3e-3, num_train_epochs=2)
-    _save(model, tokenizer, output_dir / "base")
+    _save(model, tokenizer, base)
     # Alignment starts at the weights that are shipped, not at the ones before rounding.
-    model = _load(output_dir / "base")
+    model = _load(base)
     rows = conversations(alignment_pairs())
     model = sft(model, tokenizer, rows, "SFT alignment", learning_rate=1e-3, num_train_epochs=1)
     rows = preference_dataset(unseen=True)
     model = dpo(model, tokenizer, rows, "DPO alignment", learning_rate=2e-5, max_steps=30)
-    _save(model, tokenizer, output_dir / "aligned")
-    console.print(_report(output_dir, tokenizer))
+    _save(model, tokenizer, aligned)
+    console.print(_report((base, aligned), tokenizer))
 
 
 if __name__ == "__main__":
