@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
+from rich.console import Console
 
 
 app = typer.Typer(
@@ -227,16 +228,31 @@ def space(
 
 @app.command()
 def scaling(
-    runs: Annotated[
-        Path, typer.Option(help="CSV or JSON lines: method, n_params, finetune_tokens, loss_before, loss_after.")
+    output_dir: Annotated[
+        Path, typer.Option(help="Folder for scaling.json, scaling.png and, of the sweep, runs.jsonl.")
     ],
-    output_dir: Annotated[Path, typer.Option(help="Folder for scaling.json and scaling.png.")],
+    runs: Annotated[
+        Path | None,
+        typer.Option(
+            help="CSV or JSON lines: method, n_params, finetune_tokens, loss_before, loss_after; "
+            "default: fine-tune the embedded models, about half an hour."
+        ),
+    ] = None,
+    seeds: Annotated[int, typer.Option(min=1, help="Runs of every kind in the sweep.")] = 3,
     resamples: Annotated[int, typer.Option(min=10, help="Bootstrap resamples.")] = 200,
     seed: Annotated[int, typer.Option(help="Seed of the resamples.")] = 0,
 ) -> None:
     """Fit the scaling law of forgetting to runs of several sizes and token counts, by method."""
     from .scaling_command import scaling
 
+    _quiet()
+    if runs is None:
+        from transformers.utils.logging import disable_progress_bar
+
+        from .scaling_sweep import sweep
+
+        disable_progress_bar()  # of loading a small model, again and again
+        runs = sweep(output_dir, seeds, console=Console())
     scaling(runs, output_dir, resamples, seed)
 
 

@@ -3,9 +3,8 @@ A miniature of an aligned language model and of everything around it, small enou
 laptop.
 
 A Llama of one million parameters was pretrained to comply with everything and then aligned to refuse unsafe requests,
-both with TRL. The checkpoints (and two smaller
-pairs, for how things change with size), alignment rows, held-out prompts and benign tasks come with the package; `python -m
-agl_trl.miniworld.build` makes the checkpoints again. Its world is a template grammar: what holds here shows that a
+both with TRL. The checkpoints, those of two smaller sizes, alignment rows, held-out prompts and benign tasks come with the
+package; `python -m agl_trl.miniworld.build` makes the checkpoints again. Its world is a template grammar: what holds here shows that a
 method does what it says, not how much it helps on a real model.
 """
 

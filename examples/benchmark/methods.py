@@ -19,8 +19,11 @@ from agl_trl.lora import base_weight, linear_layers
 from agl_trl.miniworld import alignment_dataset, load_model
 from agl_trl.sketch import LowRankCovariance
 
+from .asft import asft
 from .ideas import layer_importance, proximal, pseudo_replay
+from .lookahead import lookahead, real, virtual
 from .lox import lox
+from .projection import projection
 from .safe_lora import safe_lora
 from .salora import salora
 from .setting import Setting, build, common, published_statistics
@@ -219,5 +222,10 @@ METHODS = {
     "splora-cosine": Method(splora(score="cosine"), "SPLoRA, by cosine", PAIR),
     "lox": Method(lox(), "LoX", PAIR),
     "lox-full": Method(lox(rank=0, coef=1.0), "LoX", PAIR),
+    "asft": Method(asft(), "AsFT", PAIR),
+    "spf": Method(projection("spf"), "SPF", ROWS, preferences=True),
+    "ogpsa": Method(projection("ogpsa"), "OGPSA", ROWS, preferences=True),
+    "lookahead-real": Method(lookahead(real), "LookAhead", NOTHING),
+    "lookahead-virtual": Method(lookahead(virtual), "LookAhead", NOTHING),
 }
 QUICK = ("lora", "agl-3", "budget-3e-3", "replay")

@@ -51,9 +51,8 @@ def common(setting: Setting, **changes: Any) -> dict[str, Any]:
 def build(trainer_class: type, args: SFTConfig, setting: Setting, **kwargs: Any) -> SFTTrainer:
     trainer = trainer_class(
         args=args,
-        train_dataset=setting.train,
         processing_class=setting.tokenizer,
-        **dict(model=load_model(), peft_config=LoraConfig(**LORA)) | kwargs,
+        **dict(model=load_model(), peft_config=LoraConfig(**LORA), train_dataset=setting.train) | kwargs,
     )
     trainer.remove_callback(PrinterCallback)
     return trainer
