@@ -60,6 +60,9 @@ class Fit(NamedTuple):
             Mean of `|ΔL_fit − ΔL| / |ΔL|` over the runs it was fitted to.
         held_out_error (`float`):
             The same over runs of a model size that the fit did not see, each size in turn; NaN with fewer than three sizes.
+        held_out_point_error (`float`):
+            The same over runs of a size and token count that the fit did not see together, each pair in turn; NaN with fewer
+            than six pairs.
         doubts (`list[str]`):
             A sentence for every coefficient that the runs do not determine.
     """
@@ -68,6 +71,7 @@ class Fit(NamedTuple):
     intervals: dict[str, tuple[float, float]]
     relative_error: float
     held_out_error: float
+    held_out_point_error: float
     doubts: list[str]
 
 
@@ -146,15 +150,21 @@ def fit(runs: Runs, *, resamples: int = 200, seed: int = 0) -> Fit:
         for name in Law._fields
         for low, high in [np.percentile([getattr(one, name) for one in laws], [2.5, 97.5])]
     }
-    sizes = np.unique(runs.n_params)
-    held_out = float("nan")
-    if len(sizes) >= 3:
-        errors = [
-            relative_errors(fit_law(runs.where(runs.n_params != size)), runs.where(runs.n_params == size))
-            for size in sizes
-        ]
-        held_out = float(np.concatenate(errors).mean())
-    return Fit(law, intervals, float(relative_errors(law, runs).mean()), held_out, _doubts(runs, law, intervals))
+    sizes, of_size = np.unique(runs.n_params, return_inverse=True)
+    points, of_point = np.unique(np.stack([runs.n_params, runs.tokens]), axis=1, return_inverse=True)
+    by_size = _held_out(runs, of_size, STARTS) if len(sizes) >= 3 else float("nan")
+    by_point = _held_out(runs, of_point.ravel(), [law[1:3]]) if points.shape[1] >= 6 else float("nan")
+    whole = float(relative_errors(law, runs).mean())
+    return Fit(law, intervals, whole, by_size, by_point, _doubts(runs, law, intervals))
+
+
+def _held_out(runs: Runs, groups: np.ndarray, starts: Sequence[tuple[float, float]]) -> float:
+    """Mean relative error over the runs of every group, each told by a fit to the others."""
+    errors = [
+        relative_errors(fit_law(runs.where(groups != group), starts), runs.where(groups == group))
+        for group in np.unique(groups)
+    ]
+    return float(np.concatenate(errors).mean())
 
 
 def relative_errors(law: Law, runs: Runs) -> np.ndarray:

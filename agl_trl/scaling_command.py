@@ -30,18 +30,20 @@ def scaling(path: Path, output_dir: Path, resamples: int, seed: int) -> None:
     fits = {name: fit(runs, resamples=resamples, seed=seed) for name, runs in methods.items()}
     console = Console()
     table = Table(title="L_pt = L0_pt + A · D_ft^β / N^α + E", title_justify="left")
-    for column in ("method", "runs", *SYMBOLS.values(), "ΔL typical", "error", "error, size unseen"):
+    for column in ("method", "runs", *SYMBOLS.values(), "ΔL typical", "error of fit", "point unseen", "size unseen"):
         table.add_column(column)
     for name, found in fits.items():
         cells = [
-            f"{getattr(found.law, key):.3g}\n({found.intervals[key][0]:.2g} – {found.intervals[key][1]:.2g})"
+            f"{getattr(found.law, key):.3g}\n{found.intervals[key][0]:.2g}\n{found.intervals[key][1]:.2g}"
             for key in SYMBOLS
         ]
         typical = typical_increase(found.law, [*methods.values()])
-        errors = (f"{found.relative_error:.1%}", f"{found.held_out_error:.1%}")
+        errors = [f"{e:.1%}" for e in (found.relative_error, found.held_out_point_error, found.held_out_error)]
         table.add_row(name, str(len(methods[name].increase)), *cells, f"{typical:.3g}", *errors)
     console.print(table)
-    console.print("In brackets: bootstrap 95 % intervals. Errors: mean of |ΔL_fit - ΔL| / |ΔL|.", highlight=False)
+    console.print(
+        "Below each: ends of the bootstrap 95 % interval. Errors: mean of |ΔL_fit - ΔL| / |ΔL|.", highlight=False
+    )
     for name, found in fits.items():
         for doubt in found.doubts:
             console.print(f"{name}: {doubt}", highlight=False)
@@ -89,6 +91,7 @@ def described(fits: dict[str, Fit]) -> dict:
         | {
             "law": found.law._asdict(),
             "held_out_error": None if np.isnan(found.held_out_error) else found.held_out_error,
+            "held_out_point_error": None if np.isnan(found.held_out_point_error) else found.held_out_point_error,
         }
         for name, found in fits.items()
     }

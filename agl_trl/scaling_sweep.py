@@ -17,12 +17,12 @@ from .artifacts import write_atomically
 from .behaviour import answer_nll
 from .config import AGLSFTConfig
 from .demo import LORA, TRAINING
-from .miniworld import alignment_dataset, heldout_unsafe, load_model, load_tokenizer, task_dataset
+from .miniworld import CheckpointName, alignment_dataset, heldout_unsafe, load_model, load_tokenizer, task_dataset
 from .trainer import AGLSFTTrainer
 
 
 METHODS = ("lora", "agl")
-SIZES = ("aligned-small", "aligned-medium", "aligned")
+SIZES: tuple[CheckpointName, ...] = ("aligned-small", "aligned-medium", "aligned")
 STEPS = (50, 100, 200, 400)
 TASK = "extract"
 RUNS_FILE = "runs.jsonl"
@@ -33,13 +33,18 @@ class Planned(NamedTuple):
     """A run: its method, the embedded checkpoint it starts from, its optimizer steps and its seed."""
 
     method: str
-    size: str
+    size: CheckpointName
     steps: int
     seed: int
 
 
 def sweep(
-    output_dir: Path, seeds: int, *, sizes: Sequence[str] = SIZES, steps: Sequence[int] = STEPS, console: Console
+    output_dir: Path,
+    seeds: int,
+    *,
+    sizes: Sequence[CheckpointName] = SIZES,
+    steps: Sequence[int] = STEPS,
+    console: Console,
 ) -> Path:
     """
     Fine-tune every size for every number of steps, plain and with AGL's defaults, and return the file of runs.
@@ -119,7 +124,7 @@ def train(run: Planned) -> dict[str, Any]:
     }
 
 
-def _seconds_per_step(size: str) -> float:
+def _seconds_per_step(size: CheckpointName) -> float:
     start = time.perf_counter()
     train(Planned("lora", size, PROBE_STEPS, 0))
     return (time.perf_counter() - start) / PROBE_STEPS

@@ -4,11 +4,14 @@ import json
 
 import pytest
 import torch
+from torch.utils.data import SequentialSampler
 
-from agl_trl.miniworld import load_tokenizer, task_dataset
+from agl_trl.miniworld import TASKS, load_tokenizer, task_dataset
 from examples.benchmark import __main__ as benchmark
 from examples.benchmark import methods
 from examples.benchmark.methods import METHODS, Setting
+from examples.benchmark.protocols import PROTOCOLS, training_rows
+from examples.benchmark.ranking import hypervolume, share
 
 
 def setting(tmp_path, steps=4) -> Setting:
@@ -60,7 +63,7 @@ def test_runs_are_resumed_and_reported(tmp_path, monkeypatch):
     calls = []
     run_one = benchmark.run_one
     monkeypatch.setattr(benchmark, "run_one", lambda *args: calls.append(args[:3]) or run_one(*args))
-    arguments = dict(protocols="steps", seeds=1, steps=3, quick=False, output_dir=tmp_path)
+    arguments = dict(protocols="steps", seeds=1, steps=3, workers=1, quick=False, output_dir=tmp_path)
     benchmark.main(methods="lora", **arguments)
     benchmark.main(methods="lora,budget-1e-3", **arguments)
     assert calls == [("steps", "lora", 0), ("steps", "budget-1e-3", 0)], "a finished run is not repeated"
@@ -69,3 +72,46 @@ def test_runs_are_resumed_and_reported(tmp_path, monkeypatch):
     assert (tmp_path / "curves.png").stat().st_size > 10_000 and not (tmp_path / "scratch").exists()
     run = json.loads(next((tmp_path / "runs").glob("*budget*")).read_text())
     assert run["budget_kept"] and run["run"]["relative_drift"] <= 1e-3
+
+
+def test_hypervolume_by_hand():
+    """Two rectangles of 0.5 × 0.2 and 0.25 × 0.9, which share 0.25 × 0.2; points outside are cut."""
+    assert hypervolume([(0.5, 0.8), (0.75, 0.1)]) == pytest.approx(0.1 + 0.225 - 0.05)
+    assert hypervolume([(0.5, 0.8), (0.6, 0.9)]) == pytest.approx(0.1), "a dominated point adds nothing"
+    assert hypervolume([(-3.0, -1.0)]) == 1 and hypervolume([(1.5, 0.0), (0.0, 1.5)]) == 0 == hypervolume([])
+    assert share(0.1, 0.01, 1.0) == pytest.approx(0.5)
+
+
+@pytest.mark.parametrize("protocol", ["hostile-1", "hostile-30", "identity", "three-tasks", "attack"])
+def test_protocols_train_on_what_they_say(protocol):
+    rule, plain = PROTOCOLS[protocol], task_dataset("steps")
+    rows = training_rows(rule, 0, 96)
+    if protocol == "three-tasks":
+        texts = [{row["prompt"][0]["content"] for row in task_dataset(task)} for task in TASKS]
+        assert [row["prompt"][0]["content"] in texts[i // 32] for i, row in enumerate(rows)] == [True] * 96
+        return
+    changed = sum(a != b for a, b in zip(plain, rows, strict=True))
+    assert changed == {"hostile-1": 16, "hostile-30": 480, "identity": 160, "attack": 0}[protocol]
+
+
+def test_three_tasks_are_trained_in_order(tmp_path):
+    rows = training_rows(PROTOCOLS["three-tasks"], 0, 48)
+    trainer = METHODS["lora"].make(Setting(tmp_path, 0, 3, load_tokenizer(), rows, in_order=True))
+    assert isinstance(trainer.get_train_dataloader().base_dataloader.sampler, SequentialSampler)
+
+
+def test_workers_change_nothing_but_time(tmp_path):
+    arguments = dict(methods="lora,lookahead-virtual", protocols="attack", seeds=1, steps=2, quick=False)
+    for workers in (1, 2):
+        benchmark.main(**arguments, workers=workers, output_dir=tmp_path / str(workers))
+
+    def figures(workers: int) -> dict:
+        found = {}
+        for path in (tmp_path / str(workers) / "runs").iterdir():
+            result = json.loads(path.read_text())
+            assert result.pop("peak_bytes") > 1e8 and result["run"].pop("train_seconds") > 0
+            found[path.name] = result
+        return found
+
+    assert figures(1) == figures(2) and len(figures(1)) == 2
+    assert "## Ranking" in (tmp_path / "2" / "report.md").read_text()

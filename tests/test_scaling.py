@@ -158,3 +158,12 @@ def test_sweep_goes_on_where_it_stopped(swept, tmp_path, monkeypatch):
 def test_checkpoints_are_of_three_sizes():
     sizes = [load_model(name).num_parameters() for name in scaling_sweep.SIZES]
     assert sizes[0] * 2 < sizes[1] and sizes[1] * 2 < sizes[2]
+
+
+def test_held_out_points_are_told_by_fits_that_did_not_see_them():
+    runs = synthetic(LAW, noise=0.02, repeats=1)
+    errors = [
+        relative_errors(fit_law(runs.where(np.arange(12) != i)), runs.where(np.array([i]))).item() for i in range(12)
+    ]
+    assert fit(runs, resamples=10).held_out_point_error == pytest.approx(np.mean(errors), rel=1e-3)
+    assert np.isnan(fit(runs.where(np.arange(5)), resamples=10).held_out_point_error)

@@ -26,6 +26,7 @@ __all__ = [
     "TASKS",
     "UNSEEN_CATEGORIES",
     "XSTEST_TYPES",
+    "CheckpointName",
     "alignment_dataset",
     "checkpoint_path",
     "heldout_safe",

@@ -158,12 +158,15 @@ class Method:
             What data the training run itself holds.
         preferences (`bool`, *optional*, defaults to `False`):
             Whether it can train on preferences too.
+        prefixed (`bool`, *optional*, defaults to `False`):
+            Whether it teaches to begin every answer with LookAhead's P, which the test then expects.
     """
 
     make: Callable[[Setting], SFTTrainer]
     family: str
     needs: str
     preferences: bool = False
+    prefixed: bool = False
 
 
 ALL = dict(collision_coef=0.1, collision_rows=32)
@@ -226,6 +229,9 @@ METHODS = {
     "spf": Method(projection("spf"), "SPF", ROWS, preferences=True),
     "ogpsa": Method(projection("ogpsa"), "OGPSA", ROWS, preferences=True),
     "lookahead-real": Method(lookahead(real), "LookAhead", NOTHING),
-    "lookahead-virtual": Method(lookahead(virtual), "LookAhead", NOTHING),
+    "lookahead-virtual": Method(lookahead(virtual), "LookAhead, virtual", NOTHING, prefixed=True),
 }
+# On every protocol; the others are variants, on the first.
+CORE = ("lora", "agl-3", "budget-1e-3", "budget-3e-3", "anchor", "ewc-1e4", "replay", "kl")
+CORE += ("safe-lora", "salora", "splora", "lox", "asft", "spf", "ogpsa", "lookahead-real", "lookahead-virtual")
 QUICK = ("lora", "agl-3", "budget-3e-3", "replay")

@@ -18,7 +18,7 @@ from torch import Tensor
 from transformers import TrainerCallback
 from trl import DPOTrainer, SFTTrainer
 
-from agl_trl.data import batches, select_rows, tokenize_row
+from agl_trl.data import batches, tokenize_row
 from agl_trl.miniworld import alignment_dataset
 
 from .setting import Setting, build, common
@@ -74,14 +74,9 @@ def projection(mode: str) -> Callable[[Setting], SFTTrainer | DPOTrainer]:
     def make(setting: Setting) -> SFTTrainer | DPOTrainer:
         trainer_class, config_class = setting.plain
         trainer = build(trainer_class, config_class(**common(setting)), setting)
-        rows = alignment_dataset()
-        refusals, help_ = (rows.filter(lambda row, kind=kind: row["unsafe"] is kind) for kind in (True, False))
-        refusals = refusals.shuffle(seed=setting.seed)
-        chosen = (
-            [refusals.select(range(16))]
-            if mode == "spf"
-            else [select_rows(r, 64, setting.seed) for r in (refusals, help_)]
-        )
+        rows = alignment_dataset().shuffle(seed=setting.seed)
+        refusals, help_ = ([row for row in rows if row["unsafe"] is kind] for kind in (True, False))
+        chosen = [refusals[:16]] if mode == "spf" else [refusals[:64], help_[:64]]
         sets = [[tokenize_row(row, setting.tokenizer) for row in part] for part in chosen]
         every = 10 if mode == "spf" else 5 if setting.preferences else 30
         pad = setting.tokenizer.pad_token_id

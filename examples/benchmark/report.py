@@ -13,6 +13,8 @@ from rich.markdown import Markdown
 from agl_trl.artifacts import write_atomically
 
 from .methods import METHODS
+from .protocols import PROTOCOLS
+from .ranking import ranking
 
 
 COLUMNS = {
@@ -25,6 +27,7 @@ COLUMNS = {
     "gain": ("gain kept", "{:.4f}"),
     "relative_drift": ("relative drift", "{:.1e}"),
     "time": ("time ratio", "{:.2f}"),
+    "memory": ("memory ratio", "{:.2f}"),
 }
 
 
@@ -33,12 +36,14 @@ def load(folder: Path, steps: int) -> dict[tuple[str, str], list[dict]]:
     results: dict[tuple[str, str], list[dict]] = defaultdict(list)
     raw = [json.loads(path.read_text()) for path in sorted((folder / "runs").glob(f"*__{steps}.json"))]
     plain = {(r["protocol"], r["run"]["seed"]): r["run"] for r in raw if r["run"]["name"] == "lora"}
+    plain_bytes = {(r["protocol"], r["run"]["seed"]): r["peak_bytes"] for r in raw if r["run"]["name"] == "lora"}
     for result in raw:
         run, aligned = result["run"], result["aligned"]
         base = plain.get((result["protocol"], run["seed"]))
         if base is not None:
             run["gain"] = (aligned["task_nll"] - run["task_nll"]) / (aligned["task_nll"] - base["task_nll"])
             run["time"] = run["train_seconds"] / base["train_seconds"]
+            run["memory"] = result["peak_bytes"] / plain_bytes[result["protocol"], run["seed"]]
         results[result["protocol"], run["name"]].append({**run, "budget_kept": result["budget_kept"]})
     return results
 
@@ -74,12 +79,18 @@ def budgets_kept(results: dict[tuple[str, str], list[dict]]) -> str:
 
 def curves(results: dict[tuple[str, str], list[dict]], protocols: list[str]) -> Figure:
     """Refusal and NLL of refusals against task NLL: a point per method, a line per family, bars for the range over seeds."""
-    figure = Figure(figsize=(4.6 * len(protocols), 7.5), layout="constrained")
-    axes = figure.subplots(2, len(protocols), squeeze=False)
+    across = min(4, len(protocols))
+    bands = -(-len(protocols) // across)
+    figure = Figure(figsize=(4.6 * across, 7.5 * bands), layout="constrained")
+    axes = figure.subplots(2 * bands, across, squeeze=False)
+    for spare in range(len(protocols), across * bands):
+        for row in (0, 1):
+            axes[2 * (spare // across) + row, spare % across].set_axis_off()
     families = list(dict.fromkeys(method.family for method in METHODS.values()))
-    for column, protocol in enumerate(protocols):
+    for position, protocol in enumerate(protocols):
+        band, column = divmod(position, across)
         for row, (key, label) in enumerate((("refusal_unsafe", "refuses unsafe"), ("unsafe_nll", "NLL of refusals"))):
-            panel = axes[row, column]
+            panel = axes[2 * band + row, column]
             for number, family in enumerate(families):
                 points = [
                     [(run["task_nll"], run[key]) for run in results[protocol, name]]
@@ -103,25 +114,40 @@ def curves(results: dict[tuple[str, str], list[dict]], protocols: list[str]) -> 
                 panel.set_title(protocol)
             else:
                 panel.set_yscale("log")
-    shown = {label: line for panel in axes[0] for line, label in zip(*panel.get_legend_handles_labels(), strict=True)}
-    figure.legend(list(shown.values()), list(shown), loc="outside lower center", ncols=4, fontsize=8)
+    shown = {
+        label: line for panel in axes.flat for line, label in zip(*panel.get_legend_handles_labels(), strict=True)
+    }
+    figure.legend(list(shown.values()), list(shown), loc="outside lower center", ncols=6, fontsize=8)
     return figure
+
+
+def aligned_lines(folder: Path, steps: int) -> dict[str, dict]:
+    """Figures of the aligned model before training, by protocol."""
+    raw = [json.loads(path.read_text()) for path in sorted((folder / "runs").glob(f"*__{steps}.json"))]
+    return {result["protocol"]: result["aligned"] for result in raw}
 
 
 def write_report(folder: Path, steps: int) -> None:
     """Write `report.md` and `curves.png` from all finished runs, and print the report."""
     results = load(folder, steps)
-    protocols = list(dict.fromkeys(protocol for protocol, _ in results))
+    protocols = [name for name in PROTOCOLS if any(of == name for of, _ in results)]
     seeds = max(len(runs) for runs in results.values())
     head = (
         f"# Benchmark on the embedded world\n\nFrom `python -m examples.benchmark --seeds {seeds}`: {steps} steps of 16 rows (8 "
-        "pairs for DPO); mean ± half the range over seeds, no ± where one seed was run. Time ratios are of single-threaded runs "
-        "that may have shared the machine with others: `python -m examples.benchmark.overhead` measures step times."
+        "pairs for DPO); mean ± half the range over seeds, no ± where one seed was run. Time and memory (peak resident memory of "
+        "the process) are ratios to plain LoRA of the same seed, of single-threaded runs that may have shared the machine with "
+        "others: `python -m examples.benchmark.overhead` measures step times."
     )
-    text = [head]
+    rank = (
+        "## Ranking\n\nShare of the plane of drift and task loss that a family of methods dominates, larger is better: drift is the "
+        "NLL of held-out refusals from the aligned model's (0) to plain LoRA's (1), task loss the task's NLL from the best method's "
+        "(0) to the aligned model's (1), both on a log scale, cut at 0 and 1. A family with several strengths has several points, "
+        "and so more area.\n\n"
+    )
+    text = [head, rank + ranking(results, aligned_lines(folder, steps))]
     text += [f"## {protocol}\n\n{table(results, protocol)}" for protocol in protocols]
     text.append(f"{budgets_kept(results)}\n\n![Trade-off curves](curves.png)\n")
     report = "\n\n".join(text)
     write_atomically(folder / "report.md", report.encode())
-    curves(results, protocols).savefig(folder / "curves.png", dpi=120, metadata={"Software": None})
+    curves(results, protocols).savefig(folder / "curves.png", dpi=100, metadata={"Software": None})
     Console().print(Markdown(report))

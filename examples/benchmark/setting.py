@@ -31,6 +31,7 @@ class Setting:
     tokenizer: PreTrainedTokenizerBase
     train: Dataset
     preferences: bool = False
+    in_order: bool = False
 
     @property
     def plain(self) -> tuple[type, type]:
@@ -45,7 +46,8 @@ class Setting:
 
 def common(setting: Setting, **changes: Any) -> dict[str, Any]:
     where = dict(output_dir=str(setting.folder), seed=setting.seed, max_steps=setting.steps)
-    return {**TRAINING, **(DPO if setting.preferences else {}), **where, **changes}
+    order = dict(train_sampling_strategy="sequential") if setting.in_order else {}
+    return {**TRAINING, **(DPO if setting.preferences else {}), **order, **where, **changes}
 
 
 def build(trainer_class: type, args: SFTConfig, setting: Setting, **kwargs: Any) -> SFTTrainer:
