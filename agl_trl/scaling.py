@@ -59,10 +59,11 @@ class Fit(NamedTuple):
         relative_error (`float`):
             Mean of `|ΔL_fit − ΔL| / |ΔL|` over the runs it was fitted to.
         held_out_error (`float`):
-            The same over runs of a model size that the fit did not see, each size in turn; NaN with fewer than three sizes.
+            The same over runs of a model size that the fit did not see, each size in turn; NaN with fewer than three sizes,
+            or if those left are too few to fit.
         held_out_point_error (`float`):
-            The same over runs of a size and token count that the fit did not see together, each pair in turn; NaN with fewer
-            than six pairs.
+            The same over runs of a size and token count that the fit did not see together, each pair in turn; NaN if
+            those left are too few to fit.
         doubts (`list[str]`):
             A sentence for every coefficient that the runs do not determine.
     """
@@ -151,15 +152,17 @@ def fit(runs: Runs, *, resamples: int = 200, seed: int = 0) -> Fit:
         for low, high in [np.percentile([getattr(one, name) for one in laws], [2.5, 97.5])]
     }
     sizes, of_size = np.unique(runs.n_params, return_inverse=True)
-    points, of_point = np.unique(np.stack([runs.n_params, runs.tokens]), axis=1, return_inverse=True)
+    _, of_point = np.unique(np.stack([runs.n_params, runs.tokens]), axis=1, return_inverse=True)
     by_size = _held_out(runs, of_size, STARTS) if len(sizes) >= 3 else float("nan")
-    by_point = _held_out(runs, of_point.ravel(), [law[1:3]]) if points.shape[1] >= 6 else float("nan")
+    by_point = _held_out(runs, of_point.ravel(), [law[1:3]])
     whole = float(relative_errors(law, runs).mean())
     return Fit(law, intervals, whole, by_size, by_point, _doubts(runs, law, intervals))
 
 
 def _held_out(runs: Runs, groups: np.ndarray, starts: Sequence[tuple[float, float]]) -> float:
-    """Mean relative error over the runs of every group, each told by a fit to the others."""
+    """Mean relative error over the runs of every group, each told by a fit to the others; NaN if they are too few."""
+    if len(groups) - np.bincount(groups).max() < len(Law._fields):
+        return float("nan")
     errors = [
         relative_errors(fit_law(runs.where(groups != group), starts), runs.where(groups == group))
         for group in np.unique(groups)

@@ -17,6 +17,11 @@ from .scaling import Fit, Law, Runs, fit, typical_increase
 
 COLUMNS = ("method", "n_params", "finetune_tokens", "loss_before", "loss_after")
 SYMBOLS = {"A": "A", "alpha": "α", "beta": "β", "E": "E"}
+ERRORS = {
+    "error of the fit": "relative_error",
+    "error, point unseen": "held_out_point_error",
+    "error, size unseen": "held_out_error",
+}
 
 
 def scaling(path: Path, output_dir: Path, resamples: int, seed: int) -> None:
@@ -29,21 +34,20 @@ def scaling(path: Path, output_dir: Path, resamples: int, seed: int) -> None:
     methods = load_runs(path)
     fits = {name: fit(runs, resamples=resamples, seed=seed) for name, runs in methods.items()}
     console = Console()
-    table = Table(title="L_pt = L0_pt + A · D_ft^β / N^α + E", title_justify="left")
-    for column in ("method", "runs", *SYMBOLS.values(), "ΔL typical", "error of fit", "point unseen", "size unseen"):
-        table.add_column(column)
-    for name, found in fits.items():
-        cells = [
-            f"{getattr(found.law, key):.3g}\n{found.intervals[key][0]:.2g}\n{found.intervals[key][1]:.2g}"
-            for key in SYMBOLS
-        ]
-        typical = typical_increase(found.law, [*methods.values()])
-        errors = [f"{e:.1%}" for e in (found.relative_error, found.held_out_point_error, found.held_out_error)]
-        table.add_row(name, str(len(methods[name].increase)), *cells, f"{typical:.3g}", *errors)
+    table = Table("", *fits, title="L_pt = L0_pt + A · D_ft^β / N^α + E", title_justify="left")
+    table.add_row("runs", *(str(len(runs.increase)) for runs in methods.values()))
+    for key, symbol in SYMBOLS.items():
+        cells = []
+        for found in fits.values():
+            low, high = found.intervals[key]
+            cells.append(f"{getattr(found.law, key):.3g} ({low:.2g} – {high:.2g})")
+        table.add_row(symbol, *cells)
+    typical = (typical_increase(found.law, [*methods.values()]) for found in fits.values())
+    table.add_row("ΔL of a typical run", *(f"{value:.3g}" for value in typical))
+    for title, key in ERRORS.items():
+        table.add_row(title, *(f"{getattr(found, key):.1%}" for found in fits.values()))
     console.print(table)
-    console.print(
-        "Below each: ends of the bootstrap 95 % interval. Errors: mean of |ΔL_fit - ΔL| / |ΔL|.", highlight=False
-    )
+    console.print("In brackets: bootstrap 95 % intervals. Errors: mean of |ΔL_fit - ΔL| / |ΔL|.", highlight=False)
     for name, found in fits.items():
         for doubt in found.doubts:
             console.print(f"{name}: {doubt}", highlight=False)
