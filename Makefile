@@ -34,7 +34,7 @@ fmt: install
 
 # Rebuilds the embedded checkpoints that the package ships.
 miniworld: install
-	$(BIN)/python -m agl_trl.miniworld.build
+	for size in large medium small; do $(BIN)/python -m agl_trl.miniworld.build --size $$size || exit 1; done
 
 # Retrains the two adapters that the app shows by default.
 space-adapters: install

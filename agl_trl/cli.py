@@ -235,7 +235,7 @@ def scaling(
         Path | None,
         typer.Option(
             help="CSV or JSON lines: method, n_params, finetune_tokens, loss_before, loss_after; "
-            "default: fine-tune the embedded models, about half an hour."
+            "default: fine-tune the embedded models, about 20 minutes on one core."
         ),
     ] = None,
     seeds: Annotated[int, typer.Option(min=1, help="Runs of every kind in the sweep.")] = 3,

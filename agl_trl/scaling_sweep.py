@@ -27,6 +27,7 @@ STEPS = (50, 100, 200, 400)
 TASK = "extract"
 RUNS_FILE = "runs.jsonl"
 PROBE_STEPS = 10
+SECONDS_AROUND = 4  # of a run: loading, statistics and two evaluations
 
 
 class Planned(NamedTuple):
@@ -80,7 +81,7 @@ def sweep(
     told = f"{len(wanted)} runs, {len(wanted) - len(plan)} of them done"
     if plan:
         seconds = {size: _seconds_per_step(size) for size in dict.fromkeys(run.size for run in plan)}
-        minutes = sum(run.steps * seconds[run.size] for run in plan) / 60
+        minutes = sum(SECONDS_AROUND + run.steps * seconds[run.size] for run in plan) / 60
         told += f"; the rest takes about {max(1, round(minutes))} minutes. It goes on where it stopped if interrupted"
     console.print(f"{told}.", highlight=False)
     columns = [TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn()]
@@ -125,9 +126,13 @@ def train(run: Planned) -> dict[str, Any]:
 
 
 def _seconds_per_step(size: CheckpointName) -> float:
-    start = time.perf_counter()
-    train(Planned("lora", size, PROBE_STEPS, 0))
-    return (time.perf_counter() - start) / PROBE_STEPS
+    """From two short runs, whose difference is without what a run costs before its first step and after its last."""
+    seconds = []
+    for steps in (1, 1 + PROBE_STEPS):
+        start = time.perf_counter()
+        train(Planned("agl", size, steps, 0))
+        seconds.append(time.perf_counter() - start)
+    return max(seconds[1] - seconds[0], 0.01) / PROBE_STEPS
 
 
 def _finished(path: Path) -> list[dict[str, Any]]:
