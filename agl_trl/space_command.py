@@ -16,7 +16,8 @@ from .push import FAILURES, PushError, create_repo, push_folder, reason
 TEMPLATE = "agl_trl.space_template"  # spaces/refusal_comparison of the repository
 # The package travels with the Space: it runs the very code that was tried here, and no index has to have it.
 PACKAGE = Path(__file__).parent
-LEFT_OUT = ("__pycache__", "base")  # compiled files, and the embedded model before its alignment
+# Compiled files, the embedded model before its alignment, and the sizes that only the scaling law is measured on.
+LEFT_OUT = ("__pycache__", "base", "base-*", "aligned-*")
 UPGRADE = "creating Gradio Spaces on free CPU hardware needs a paid plan; free accounts may have ZeroGPU ones: `--hardware zero-a10g`"
 
 

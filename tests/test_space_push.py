@@ -27,7 +27,7 @@ def test_space_is_made_in_one_commit(hub, online):
     assert {"app.py", "README.md", "requirements.txt", "agl_trl/space/app.py", "agl_trl/space/style.css"} <= {
         *commit.files
     }
-    assert not any("__pycache__" in name or "checkpoints/base" in name for name in commit.files)
+    assert not any("__pycache__" in name or "checkpoints/base" in name or "aligned-" in name for name in commit.files)
     front = yaml.safe_load(commit.files["README.md"].data.decode().split("---")[1])
     assert front["sdk"] == "gradio" and front["models"] == ["alice/model", "alice/adapter"]
     assert len(front["short_description"]) <= 60 and SpaceCard.load(SPACE).data.app_file == "app.py"

@@ -11,31 +11,22 @@ comparison goes on where it stopped.
 
 import json
 import shutil
-import time
-import warnings
 from concurrent.futures import ProcessPoolExecutor, as_completed
-from functools import cache
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Annotated
 
 import torch
 import typer
-from datasets import disable_progress_bars
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
-from transformers.utils import logging
 
-from agl_trl import FisherStatistics
 from agl_trl.artifacts import write_atomically
-from agl_trl.demo import evaluate, heldout_prompts
-from agl_trl.drift import DriftReport
-from agl_trl.estimation import estimate_fisher
-from agl_trl.miniworld import TASKS, alignment_dataset, load_model, load_tokenizer
+from agl_trl.miniworld import TASKS
 
-from .lookahead import prefixed
-from .methods import CORE, METHODS, QUICK, Setting
-from .protocols import PROTOCOLS, attack, test_rows, training_rows
+from .methods import CORE, METHODS, QUICK
+from .protocols import PROTOCOLS
 from .report import write_report
+from .run import quiet, run_one, start_worker
 
 
 STEPS = 150
@@ -55,7 +46,7 @@ def main(
     chosen = _choice(methods, QUICK if quick else tuple(METHODS), METHODS, "method")
     everywhere = chosen if methods or protocols or quick else CORE
     chosen_protocols = _choice(protocols, TASKS[:1] if quick else tuple(PROTOCOLS), PROTOCOLS, "protocol")
-    _quiet()
+    quiet()
     plan = [
         (protocol, method, seed)
         for seed in range(1 if quick else seeds)
@@ -87,64 +78,12 @@ def main(
             for run in plan:
                 keep(*run, run_one(*run, steps, output_dir / "scratch"))
         elif plan:
-            with ProcessPoolExecutor(workers, get_context("spawn"), _start) as pool:
+            with ProcessPoolExecutor(workers, get_context("spawn"), start_worker) as pool:
                 runs = {pool.submit(run_one, *run, steps, output_dir / "scratch"): run for run in plan}
                 for future in as_completed(runs):
                     keep(*runs[future], future.result())
     shutil.rmtree(output_dir / "scratch", ignore_errors=True)
     write_report(output_dir, steps)
-
-
-def _start() -> None:
-    _quiet()
-    torch.set_num_threads(1)
-
-
-def run_one(protocol: str, method: str, seed: int, steps: int, scratch: Path) -> dict:
-    """Train and evaluate one method; its line of the results, with the figures of the aligned model beside."""
-    tokenizer, prompts, rule = load_tokenizer(), heldout_prompts(), PROTOCOLS[protocol]
-    scratch = scratch / f"{protocol}-{method}-{seed}"
-    shutil.rmtree(scratch, ignore_errors=True)
-    train = training_rows(rule, seed, steps * 16)
-    Path("/proc/self/clear_refs").write_text("5")  # the peak from here on
-    setting = Setting(scratch, seed, steps, tokenizer, train, rule.preferences, len(rule.tasks) > 1)
-    trainer = METHODS[method].make(setting)
-    start = time.perf_counter()
-    trainer.train()
-    seconds = time.perf_counter() - start
-    peak = _peak_bytes()
-    # A budget is kept in the metric it was set in, which the yardstick need not be.
-    budget = getattr(trainer.args, "drift_budget", None)
-    kept = None if budget is None else trainer.drift_report().mean_relative_drift <= budget
-    if rule.attack:
-        attack(trainer, rule.tasks[0], seed)
-    test = test_rows(rule)
-    expected = test.map(prefixed) if METHODS[method].prefixed else test
-    _, run = evaluate(method, seed, trainer.model, tokenizer, prompts, expected, progress=False)
-    run.relative_drift = DriftReport.measure(trainer.model, yardstick()).mean_relative_drift
-    run.train_seconds = seconds
-    shutil.rmtree(scratch, ignore_errors=True)
-    line = {"protocol": protocol, "steps": steps, "run": vars(run), "aligned": aligned(protocol)}
-    return line | {"budget_kept": kept, "peak_bytes": peak}
-
-
-@cache
-def aligned(protocol: str) -> dict:
-    """Figures of the aligned model."""
-    test = test_rows(PROTOCOLS[protocol])
-    return vars(evaluate("aligned", 0, load_model(), load_tokenizer(), heldout_prompts(), test, progress=False)[1])
-
-
-@cache
-def yardstick() -> FisherStatistics:
-    """The same for all: the shipped statistics, whatever the method was trained with."""
-    return estimate_fisher(load_model(), alignment_dataset(), load_tokenizer(), progress=False)
-
-
-def _peak_bytes() -> int:
-    """Peak resident memory since `clear_refs` was written (Linux)."""
-    status = Path("/proc/self/status").read_text().splitlines()
-    return 1024 * next(int(line.split()[1]) for line in status if line.startswith("VmHWM"))
 
 
 def _path(folder: Path, protocol: str, method: str, seed: int, steps: int) -> Path:
@@ -157,14 +96,6 @@ def _choice(given: str | None, default: tuple[str, ...], known: dict, kind: str)
         if name not in known:
             raise typer.BadParameter(f"there is no {kind} '{name}'; known are {', '.join(known)}")
     return names
-
-
-def _quiet() -> None:
-    warnings.filterwarnings("ignore", category=FutureWarning)
-    warnings.filterwarnings("ignore", message=".*pin_memory.*")
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
-    disable_progress_bars()
 
 
 if __name__ == "__main__":

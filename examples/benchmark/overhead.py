@@ -26,7 +26,7 @@ from agl_trl import AGLSFTConfig, AGLSFTTrainer
 from agl_trl.demo import TRAINING
 from agl_trl.miniworld import alignment_dataset, load_model, load_tokenizer, task_dataset
 
-from .__main__ import _quiet
+from .run import quiet
 
 
 class Shape(StrEnum):
@@ -139,7 +139,7 @@ def main(
     only: Annotated[str | None, typer.Option(help=f"Comma-separated, of: {', '.join(list(VARIANTS)[1:])}.")] = None,
 ) -> None:
     """Print the ratio of step times: median over steps taken in turns, and its seeded bootstrap interval."""
-    _quiet()
+    quiet()
     chosen = {name: VARIANTS[name] for name in (VARIANTS if only is None else ("TRL", *only.split(",")))}
     seconds = {variant: np.array(values) for variant, values in step_seconds(chosen, shape, steps).items()}
     table = Table(

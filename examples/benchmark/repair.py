@@ -19,7 +19,7 @@ from agl_trl.lora import guarded_layers
 from agl_trl.miniworld import load_model, load_tokenizer, task_dataset
 from agl_trl.repair import strength_for
 
-from .__main__ import _quiet
+from .run import quiet
 
 
 BUDGETS = (3e-2, 1e-2, 3e-3, 1e-3, 3e-4, 1e-4)
@@ -30,7 +30,7 @@ def main(
     task: Annotated[str, typer.Option(help="Task the demo trained on.")] = "extract",
 ) -> None:
     """Print the curve of the demo's plain LoRA adapter, with the demo's AGL adapter beside it."""
-    _quiet()
+    quiet()
     statistics, tokenizer = FisherStatistics.from_pretrained(folder), load_tokenizer()
     prompts, test = heldout_prompts(), task_dataset(task, "test")
     table = Table(

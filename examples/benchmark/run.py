@@ -1,0 +1,86 @@
+"""One run: train one method on one protocol with one seed, evaluate it, and say what it kept and what it cost.
+
+Apart from `__main__`, which processes that are spawned cannot import.
+"""
+
+import shutil
+import time
+import warnings
+from functools import cache
+from pathlib import Path
+
+import torch
+from datasets import disable_progress_bars
+from transformers.utils import logging
+
+from agl_trl import FisherStatistics
+from agl_trl.demo import evaluate, heldout_prompts
+from agl_trl.drift import DriftReport
+from agl_trl.estimation import estimate_fisher
+from agl_trl.miniworld import alignment_dataset, load_model, load_tokenizer
+
+from .lookahead import prefixed
+from .methods import METHODS, Setting
+from .protocols import PROTOCOLS, attack, test_rows, training_rows
+
+
+def start_worker() -> None:
+    """One thread and no noise."""
+    quiet()
+    torch.set_num_threads(1)
+
+
+def run_one(protocol: str, method: str, seed: int, steps: int, scratch: Path) -> dict:
+    """Train and evaluate one method; its line of the results, with the figures of the aligned model beside."""
+    tokenizer, prompts, rule = load_tokenizer(), heldout_prompts(), PROTOCOLS[protocol]
+    scratch = scratch / f"{protocol}-{method}-{seed}"
+    shutil.rmtree(scratch, ignore_errors=True)
+    train = training_rows(rule, seed, steps * 16)
+    Path("/proc/self/clear_refs").write_text("5")  # the peak from here on
+    setting = Setting(scratch, seed, steps, tokenizer, train, rule.preferences, len(rule.tasks) > 1)
+    trainer = METHODS[method].make(setting)
+    start = time.perf_counter()
+    trainer.train()
+    seconds = time.perf_counter() - start
+    peak = _peak_bytes()
+    # A budget is kept in the metric it was set in, which the yardstick need not be.
+    budget = getattr(trainer.args, "drift_budget", None)
+    kept = None if budget is None else trainer.drift_report().mean_relative_drift <= budget
+    if rule.attack:
+        attack(trainer, rule.tasks[0], seed)
+    test = test_rows(rule)
+    expected = test.map(prefixed) if METHODS[method].prefixed else test
+    _, run = evaluate(method, seed, trainer.model, tokenizer, prompts, expected, progress=False)
+    run.relative_drift = DriftReport.measure(trainer.model, yardstick()).mean_relative_drift
+    run.train_seconds = seconds
+    shutil.rmtree(scratch, ignore_errors=True)
+    line = {"protocol": protocol, "steps": steps, "run": vars(run), "aligned": aligned(protocol)}
+    return line | {"budget_kept": kept, "peak_bytes": peak}
+
+
+@cache
+def aligned(protocol: str) -> dict:
+    """Figures of the aligned model."""
+    test = test_rows(PROTOCOLS[protocol])
+    return vars(evaluate("aligned", 0, load_model(), load_tokenizer(), heldout_prompts(), test, progress=False)[1])
+
+
+@cache
+def yardstick() -> FisherStatistics:
+    """The same for all: the shipped statistics, whatever the method was trained with."""
+    return estimate_fisher(load_model(), alignment_dataset(), load_tokenizer(), progress=False)
+
+
+def _peak_bytes() -> int:
+    """Peak resident memory since `clear_refs` was written (Linux)."""
+    status = Path("/proc/self/status").read_text().splitlines()
+    return 1024 * next(int(line.split()[1]) for line in status if line.startswith("VmHWM"))
+
+
+def quiet() -> None:
+    """Nothing beside the bar of the runs."""
+    warnings.filterwarnings("ignore", category=FutureWarning)
+    warnings.filterwarnings("ignore", message=".*pin_memory.*")
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    disable_progress_bars()
