@@ -1,0 +1,118 @@
+"""Step times of trainers that take turns, step by step, in one process."""
+
+import tempfile
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import numpy as np
+import torch
+from peft import LoraConfig
+from transformers import PrinterCallback, TrainerCallback
+from trl import DPOConfig, DPOTrainer, SFTConfig, SFTTrainer
+
+from agl_trl import AGLDPOConfig, AGLDPOTrainer, AGLSFTConfig, AGLSFTTrainer
+from agl_trl.data import select_rows, tokenize_row
+from agl_trl.miniworld import alignment_dataset, load_tokenizer
+
+from ..methods import ReplayTrainer
+from .shapes import Shape, lora_of, model_of, rows_of, training_of
+
+
+# Options of AGL. "TRL" is its own trainer, what everything is relative to; replay and KL are what people would take instead.
+ALL = dict(alignment_coef=3.0, collision_coef=0.1)
+VARIANTS: dict[str, dict[str, Any]] = {
+    "TRL": {},
+    "penalty": dict(alignment_coef=3.0),
+    "budget (default)": {},
+    "two weights": dict(alignment_coef=3.0, task_coef=1.0),
+    "all but overlap": dict(alignment_coef=3.0, collision_coef=0.1, collision_alpha=0.0),
+    "all with 32 rows of the overlap": ALL | dict(collision_rows=32),
+    "all": ALL,
+    "anchor every 8": dict(anchor_coef=1.0, anchor_every=8),
+    "replay, 1 row": {},
+    "KL, as many rows": dict(alignment_coef=0.0, anchor_coef=1.0, anchor_every=1),
+}
+SFT_ONLY = ("replay, 1 row",)
+
+
+class Baton(TrainerCallback):
+    """
+    Seconds of every optimizer step of one of several trainers that take turns, step by step: each trains in a thread of its
+    own, and only the one whose turn it is runs. What the machine does meanwhile then meets all of them alike.
+    """
+
+    def __init__(self, mine: threading.Semaphore, following: threading.Semaphore) -> None:
+        self.mine, self.following = mine, following
+        self.seconds: list[float] = []
+
+    def on_step_begin(self, args, state, control, **kwargs):
+        self.mine.acquire()
+        self.start = time.perf_counter()
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+        self.seconds.append(time.perf_counter() - self.start)
+        self.following.release()
+
+
+def build(name: str, shape: Shape, kind: str, steps: int, folder: str, *callbacks: TrainerCallback) -> SFTTrainer:
+    """Trainer of one variant; its alignment rows have as many tokens as its training rows."""
+    common = dict(output_dir=folder, max_steps=steps, **training_of(shape))
+    data = dict(
+        train_dataset=rows_of(shape, kind),
+        processing_class=load_tokenizer(),
+        peft_config=LoraConfig(**lora_of(shape)),
+        callbacks=list(callbacks),
+    )
+    rows = alignment_dataset() if shape.config is None else rows_of(shape)
+    if name in ("TRL", *SFT_ONLY):
+        plain, config = (DPOTrainer, DPOConfig) if kind == "dpo" else (SFTTrainer, SFTConfig)
+        trainer = (ReplayTrainer if name in SFT_ONLY else plain)(model_of(shape), config(**common), **data)
+        if name in SFT_ONLY:
+            trainer.replay_rows = [tokenize_row(r, load_tokenizer(), shape.length) for r in select_rows(rows, 32, 0)]
+    else:
+        ours, config = (AGLDPOTrainer, AGLDPOConfig) if kind == "dpo" else (AGLSFTTrainer, AGLSFTConfig)
+        options = VARIANTS[name] | (dict(anchor_batch_size=shape.batch) if name.startswith("KL") else {})
+        args = config(**common, **options, fisher_num_samples=32, fisher_batch_size=shape.batch)
+        trainer = ours(model_of(shape), args, alignment_dataset=rows, **data)
+    trainer.remove_callback(PrinterCallback)
+    return trainer
+
+
+def step_seconds(names: list[str], shape: Shape, kind: str, steps: int) -> dict[str, list[float]]:
+    """Seconds of every step of all variants, taken in turns; the first two of each warm up."""
+    turns = [threading.Semaphore(0) for _ in names]
+    batons = [Baton(mine, following) for mine, following in zip(turns, turns[1:] + turns[:1], strict=True)]
+    with tempfile.TemporaryDirectory() as folder:
+        trainers = [build(name, shape, kind, steps + 2, f"{folder}/{i}", batons[i]) for i, name in enumerate(names)]
+        with ThreadPoolExecutor(len(trainers)) as pool:
+            # All get ready at once; at the first step each waits for its turn.
+            running = [pool.submit(trainer.train) for trainer in trainers]
+            turns[0].release()
+            for future in running:
+                future.result()
+    return {name: baton.seconds[2:] for name, baton in zip(names, batons, strict=True)}
+
+
+def step_ratios(names: list[str], shape: Shape, kind: str, steps: int) -> list[dict[str, Any]]:
+    """Per variant the median ratio of step times to TRL's, over steps taken in turns, and its seeded bootstrap interval."""
+    seconds = {name: np.array(values) for name, values in step_seconds(names, shape, kind, steps).items()}
+    lines = []
+    for name, values in seconds.items():
+        ratios = values / seconds["TRL"]
+        medians = np.median(np.random.default_rng(0).choice(ratios, (2000, len(ratios))), axis=1)
+        low, high = np.quantile(medians, (0.025, 0.975))
+        lines.append(
+            {
+                "variant": name,
+                "ratio of step time": float(np.median(ratios)),
+                "low": float(low),
+                "high": float(high),
+                "ms a step": float(1e3 * np.median(values)),
+                "steps": steps,
+            }
+        )
+    return lines

@@ -1,0 +1,65 @@
+"""The overhead benchmark runs, and the penalty of a step is a few batched calls whatever the depth."""
+
+import json
+
+import pytest
+import torch
+from torch.profiler import profile
+from typer import BadParameter
+
+from examples.benchmark.overhead import __main__ as overhead
+from examples.benchmark.overhead.growth import growth, guard_of
+from examples.benchmark.overhead.shapes import SHAPES, rows_of
+
+
+def operators(layers: int, **options) -> dict[str, int]:
+    """Calls of every torch operator in the terms of one step."""
+    guard, _ = guard_of(rank=4, layers=layers, width=64, rows=2, **options)
+    with profile() as profiler:
+        guard.terms(0)
+    return {event.key: event.count for event in profiler.key_averages() if event.key.startswith("aten::")}
+
+
+# Rows of W are read layer by layer: the only exception, in the Riemannian overlap.
+@pytest.mark.parametrize(
+    "options",
+    [dict(alignment_coef=3.0), dict(alignment_coef=3.0, task_coef=1.0), dict(drift_budget=3e-3)],
+    ids=["penalty", "two-weights", "budget"],
+)
+def test_calls_of_a_step_do_not_grow_with_depth_nor_wait_for_the_device(options):
+    shallow, deep = operators(2, **options), operators(4, **options)
+    assert shallow == deep and sum(deep.values()) > 20
+    assert not deep.keys() & {"aten::item", "aten::_local_scalar_dense", "aten::nonzero", "aten::is_nonzero"}
+
+
+def test_exponents_of_growth_are_those_of_sizes():
+    (line,) = growth(repeats=1, sweeps={"rank": (4, 16)})
+    assert line["adapter, bytes"] == pytest.approx(1) and line["statistics, bytes"] == pytest.approx(0, abs=0.01)
+
+
+@pytest.mark.parametrize("kind", ["sft", "dpo"])
+def test_rows_fill_the_sequence(kind):
+    row = rows_of(SHAPES["135m"], kind, rows=2)[1]
+    from agl_trl.miniworld import load_tokenizer
+
+    for name in row.keys() - {"prompt"} if kind == "dpo" else row:
+        if name != "rejected":  # bland help is shorter than the task's answer
+            assert len(load_tokenizer()(row[name]).input_ids) >= 480
+
+
+def test_tables_are_written(tmp_path):
+    overhead.main(steps=2, only="penalty", parts="time,memory,fisher", rows=4, rounds=1, output_dir=tmp_path)
+    found = json.loads((tmp_path / "embedded-sft.json").read_text())
+    assert [line["variant"] for line in found["time"]] == ["TRL", "penalty"] and found["time"][0]["high"] == 1
+    assert found["memory"][0]["peak MB"] > 100 and 0.8 < found["memory"][1]["ratio of peak memory"] < 1.3
+    assert found["fisher"][0]["file MB"] < found["fisher"][1]["file MB"]
+    assert "| penalty |" in (tmp_path / "embedded-sft.md").read_text()
+
+
+def test_what_is_not_there_is_said(tmp_path):
+    for wrong in (dict(shape="9b"), dict(only="magic"), dict(parts="cost"), dict(kind="ppo")):
+        with pytest.raises(BadParameter):
+            overhead.main(**dict(steps=2, only=None, parts="time", rows=4, rounds=1, output_dir=tmp_path) | wrong)
+    if not torch.cuda.is_available():
+        with pytest.raises(BadParameter, match="needs a GPU"):
+            overhead.main(shape="8b", steps=2, only=None, parts="time", rows=4, rounds=1, output_dir=tmp_path)
