@@ -1,6 +1,7 @@
 """Estimating the Fisher statistics of an aligned model: one pass over alignment rows, hooks on linear layers."""
 
 import hashlib
+import inspect
 from collections.abc import Sequence
 from importlib.metadata import version
 from os import PathLike
@@ -200,8 +201,11 @@ def run_batch(
     if collector.gradients:
         _backward(model, batch, fisher_type, seed)
     else:
+        # No logits are read, and with large vocabularies they are most of the memory and a good part of the time.
+        base = model.get_base_model() if isinstance(model, PeftModel) else model
+        fewer = {"logits_to_keep": 1} if "logits_to_keep" in inspect.signature(base.forward).parameters else {}
         with torch.no_grad():
-            model(input_ids=batch.input_ids, attention_mask=batch.attention_mask, use_cache=False)
+            model(input_ids=batch.input_ids, attention_mask=batch.attention_mask, use_cache=False, **fewer)
 
 
 def _backward(model: PreTrainedModel | PeftModel, batch: AlignmentBatch, fisher_type: FisherType, seed: int) -> None:
