@@ -7,6 +7,7 @@ from pathlib import Path
 
 from matplotlib import colormaps
 from matplotlib.figure import Figure
+from matplotlib.ticker import FormatStrFormatter, LogLocator, NullFormatter
 from rich.console import Console
 from rich.markdown import Markdown
 
@@ -99,14 +100,16 @@ def curves(results: dict[tuple[str, str], list[dict]], protocols: list[str]) -> 
                 ]
                 if points:
                     means = sorted((stats.mean(x for x, _ in p), stats.mean(y for _, y in p), p) for p in points)
-                    color = colormaps["tab20"](number % 20)
-                    panel.plot(
-                        [m[0] for m in means], [m[1] for m in means], "o-", color=color, label=family, markersize=4
-                    )
+                    color, marker = colormaps["tab10"](number % 10), "os^D"[number // 10]
+                    line = [[m[i] for m in means] for i in (0, 1)]
+                    panel.plot(*line, f"{marker}-", color=color, label=family, markersize=5)
                     for x, y, p in means:
                         panel.plot([x, x], [min(v for _, v in p), max(v for _, v in p)], color=color, alpha=0.4)
                         panel.plot([min(v for v, _ in p), max(v for v, _ in p)], [y, y], color=color, alpha=0.4)
             panel.set_xscale("log")
+            panel.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+            panel.xaxis.set_major_formatter(FormatStrFormatter("%g"))
+            panel.xaxis.set_minor_formatter(NullFormatter())
             panel.set_xlabel("task NLL")
             panel.set_ylabel(label)
             panel.grid(alpha=0.3)
@@ -114,10 +117,13 @@ def curves(results: dict[tuple[str, str], list[dict]], protocols: list[str]) -> 
                 panel.set_title(protocol)
             else:
                 panel.set_yscale("log")
+                panel.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+                panel.yaxis.set_major_formatter(FormatStrFormatter("%g"))
+                panel.yaxis.set_minor_formatter(NullFormatter())
     shown = {
         label: line for panel in axes.flat for line, label in zip(*panel.get_legend_handles_labels(), strict=True)
     }
-    figure.legend(list(shown.values()), list(shown), loc="outside lower center", ncols=6, fontsize=8)
+    figure.legend(list(shown.values()), list(shown), loc="outside lower center", ncols=6, fontsize=12)
     return figure
 
 
