@@ -7,6 +7,7 @@ import torch
 from torch.profiler import profile
 from typer import BadParameter
 
+from agl_trl.miniworld import load_tokenizer
 from examples.benchmark.overhead import __main__ as overhead
 from examples.benchmark.overhead.growth import growth, guard_of
 from examples.benchmark.overhead.shapes import SHAPES, rows_of
@@ -40,8 +41,6 @@ def test_exponents_of_growth_are_those_of_sizes():
 @pytest.mark.parametrize("kind", ["sft", "dpo"])
 def test_rows_fill_the_sequence(kind):
     row = rows_of(SHAPES["135m"], kind, rows=2)[1]
-    from agl_trl.miniworld import load_tokenizer
-
     for name in row.keys() - {"prompt"} if kind == "dpo" else row:
         if name != "rejected":  # bland help is shorter than the task's answer
             assert len(load_tokenizer()(row[name]).input_ids) >= 480

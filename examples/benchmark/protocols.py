@@ -58,11 +58,9 @@ def training_rows(protocol: Protocol, seed: int, rows: int) -> Dataset:
         tasks = [task_dataset(task).shuffle(seed=seed) for task in protocol.tasks]
         return concatenate_datasets([task.select(i % len(task) for i in range(part)) for task in tasks])
     train = task_dataset(protocol.tasks[0], hostile=protocol.hostile, seed=seed)
-    return (
-        Dataset.from_list([_as_agent(row) if i % IDENTITY_SHARE == 0 else row for i, row in enumerate(train)])
-        if (protocol.identity)
-        else train
-    )
+    if protocol.identity:
+        return Dataset.from_list([_as_agent(row) if i % IDENTITY_SHARE == 0 else row for i, row in enumerate(train)])
+    return train
 
 
 def _as_agent(row: dict) -> dict:

@@ -36,13 +36,13 @@ def run_one(protocol: str, method: str, seed: int, steps: int, scratch: Path) ->
     scratch = scratch / f"{protocol}-{method}-{seed}"
     shutil.rmtree(scratch, ignore_errors=True)
     train = training_rows(rule, seed, steps * 16)
-    Path("/proc/self/clear_refs").write_text("5")  # the peak from here on
+    reset_peak()
     setting = Setting(scratch, seed, steps, tokenizer, train, rule.preferences, len(rule.tasks) > 1)
     trainer = METHODS[method].make(setting)
     start = time.perf_counter()
     trainer.train()
     seconds = time.perf_counter() - start
-    peak = _peak_bytes()
+    peak = resident("VmHWM")
     # A budget is kept in the metric it was set in, which the yardstick need not be.
     budget = getattr(trainer.args, "drift_budget", None)
     kept = None if budget is None else trainer.drift_report().mean_relative_drift <= budget
@@ -71,10 +71,15 @@ def yardstick() -> FisherStatistics:
     return estimate_fisher(load_model(), alignment_dataset(), load_tokenizer(), progress=False)
 
 
-def _peak_bytes() -> int:
-    """Peak resident memory since `clear_refs` was written (Linux)."""
+def reset_peak() -> None:
+    """Start the peak of this process's resident memory from here on (Linux)."""
+    Path("/proc/self/clear_refs").write_text("5")
+
+
+def resident(field: str) -> int:
+    """Bytes of this process's resident memory: its peak (`"VmHWM"`) or what it holds now (`"VmRSS"`)."""
     status = Path("/proc/self/status").read_text().splitlines()
-    return 1024 * next(int(line.split()[1]) for line in status if line.startswith("VmHWM"))
+    return 1024 * next(int(line.split()[1]) for line in status if line.startswith(field))
 
 
 def quiet() -> None:

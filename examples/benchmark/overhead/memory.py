@@ -6,7 +6,6 @@ import subprocess
 import sys
 import tempfile
 import time
-from pathlib import Path
 from typing import Annotated, Any
 
 import torch
@@ -17,7 +16,7 @@ from agl_trl import estimate_fisher
 from agl_trl.data import batches, select_rows, tokenize_row
 from agl_trl.miniworld import load_tokenizer
 
-from ..run import quiet
+from ..run import quiet, reset_peak, resident
 from .shapes import SHAPES, lora_of, model_of, rows_of
 from .turns import build
 
@@ -33,7 +32,7 @@ def apart(name: str, shape: str, kind: str, size: int) -> dict[str, float] | Non
     command = [sys.executable, "-m", "examples.benchmark.overhead.memory", name, shape, kind, str(size)]
     done = subprocess.run(command, check=False, capture_output=True, text=True)
     if done.returncode:
-        raise RuntimeError(f"'{name}' failed: {done.stderr.strip().splitlines()[-1]}")
+        raise SystemExit(f"'{name}' failed: {(done.stderr.strip().splitlines() or ['it was killed'])[-1]}")
     return json.loads(done.stdout.splitlines()[-1])
 
 
@@ -52,7 +51,7 @@ def main(name: str, shape: str, kind: str, size: Annotated[int, typer.Argument(h
         start = time.perf_counter()
         job()
         seconds = time.perf_counter() - start
-        peak = torch.cuda.max_memory_allocated() if rule.accelerator else memory("VmHWM")
+        peak = torch.cuda.max_memory_allocated() if rule.accelerator else resident("VmHWM")
     print(json.dumps({"peak": peak, "extra": peak - before, "seconds": seconds}))
 
 
@@ -81,14 +80,8 @@ def _reset(accelerator: bool) -> int:
     if accelerator:
         torch.cuda.reset_peak_memory_stats()
         return torch.cuda.memory_allocated()
-    Path("/proc/self/clear_refs").write_text("5")
-    return memory("VmRSS")
-
-
-def memory(field: str) -> int:
-    """A figure of this process's resident memory, in bytes (Linux)."""
-    status = Path("/proc/self/status").read_text().splitlines()
-    return 1024 * next(int(line.split()[1]) for line in status if line.startswith(field))
+    reset_peak()
+    return resident("VmRSS")
 
 
 if __name__ == "__main__":

@@ -36,51 +36,16 @@ class Shape:
     accelerator: bool = False
 
 
+def _llama_config(vocabulary: int, width: int, inner: int, layers: int, heads: tuple[int, int], tied: bool) -> dict:
+    sizes = dict(vocab_size=vocabulary, hidden_size=width, intermediate_size=inner, num_hidden_layers=layers)
+    return sizes | dict(num_attention_heads=heads[0], num_key_value_heads=heads[1], tie_word_embeddings=tied)
+
+
 SHAPES = {
     "embedded": Shape(None, 48, 16, 8),
-    "135m": Shape(
-        dict(
-            vocab_size=49152,
-            hidden_size=576,
-            intermediate_size=1536,
-            num_hidden_layers=30,
-            num_attention_heads=9,
-            num_key_value_heads=3,
-            tie_word_embeddings=True,
-        ),
-        512,
-        4,
-        16,
-    ),
-    "1b": Shape(
-        dict(
-            vocab_size=128256,
-            hidden_size=2048,
-            intermediate_size=8192,
-            num_hidden_layers=16,
-            num_attention_heads=32,
-            num_key_value_heads=8,
-            tie_word_embeddings=True,
-        ),
-        2048,
-        2,
-        16,
-        accelerator=True,
-    ),
-    "8b": Shape(
-        dict(
-            vocab_size=128256,
-            hidden_size=4096,
-            intermediate_size=14336,
-            num_hidden_layers=32,
-            num_attention_heads=32,
-            num_key_value_heads=8,
-        ),
-        2048,
-        2,
-        16,
-        accelerator=True,
-    ),
+    "135m": Shape(_llama_config(49152, 576, 1536, 30, (9, 3), tied=True), 512, 4, 16),
+    "1b": Shape(_llama_config(128256, 2048, 8192, 16, (32, 8), tied=True), 2048, 2, 16, accelerator=True),
+    "8b": Shape(_llama_config(128256, 4096, 14336, 32, (32, 8), tied=False), 2048, 2, 16, accelerator=True),
 }
 
 
