@@ -26,7 +26,7 @@ from .lox import lox
 from .projection import projection
 from .safe_lora import safe_lora
 from .salora import salora
-from .setting import Setting, build, common, published_statistics
+from .setting import Setting, batch_nll, build, common, published_statistics
 from .splora import splora
 
 
@@ -84,10 +84,7 @@ class ReplayTrainer(SFTTrainer):
         start = self.state.global_step * self.rows_per_step
         chosen = [rows[(start + i) % len(rows)] for i in range(self.rows_per_step)]
         (batch,) = batches(chosen, len(chosen), self.processing_class.pad_token_id, self.model.device)
-        logits = self.model(input_ids=batch.input_ids, attention_mask=batch.attention_mask, use_cache=False).logits
-        mask = batch.answer_mask[:, :-1]
-        log_probs = logits[:, :-1].float().log_softmax(-1).gather(2, batch.input_ids[:, 1:, None]).squeeze(2)
-        return loss - self.coef * (log_probs * mask).sum() / mask.sum()
+        return loss + self.coef * batch_nll(self.model, batch)
 
 
 def replay(coef: float = 0.2) -> Callable[[Setting], SFTTrainer]:
@@ -116,10 +113,7 @@ class EWCTrainer(SFTTrainer):
         tokenized = [tokenize_row(row, self.processing_class) for row in rows]
         self.model.eval()
         for batch in batches(tokenized, 1, self.processing_class.pad_token_id, self.model.device):
-            logits = self.model(input_ids=batch.input_ids, attention_mask=batch.attention_mask).logits
-            mask = batch.answer_mask[:, :-1]
-            log_probs = logits[:, :-1].log_softmax(-1).gather(2, batch.input_ids[:, 1:, None]).squeeze(2)
-            (log_probs * mask).sum().div(mask.sum()).backward()
+            batch_nll(self.model, batch).backward()
             for name, parameter in self.model.named_parameters():
                 if parameter.requires_grad:
                     self.fisher[name] += parameter.grad.square()

@@ -21,7 +21,7 @@ from trl import DPOTrainer, SFTTrainer
 from agl_trl.data import batches, tokenize_row
 from agl_trl.miniworld import alignment_dataset
 
-from .setting import Setting, build, common
+from .setting import Setting, batch_nll, build, common
 
 
 def spf(gradient: Tensor, safety: Tensor, k: int = 1) -> Tensor:
@@ -62,10 +62,7 @@ class Project(TrainerCallback):
     def gradients(self, model, parameters: list[Tensor], rows: list[dict[str, list[int]]]) -> tuple[Tensor, ...]:
         """Gradient of the mean NLL per answer token."""
         (batch,) = batches(rows, len(rows), self.pad, model.device)
-        logits = model(input_ids=batch.input_ids, attention_mask=batch.attention_mask, use_cache=False).logits
-        mask = batch.answer_mask[:, :-1]
-        log_probs = logits[:, :-1].float().log_softmax(-1).gather(2, batch.input_ids[:, 1:, None]).squeeze(2)
-        return torch.autograd.grad(-(log_probs * mask).sum() / mask.sum(), parameters)
+        return torch.autograd.grad(batch_nll(model, batch), parameters)
 
 
 def projection(mode: str) -> Callable[[Setting], SFTTrainer | DPOTrainer]:

@@ -12,6 +12,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, PrinterCallba
 from trl import DPOConfig, DPOTrainer, SFTConfig, SFTTrainer
 
 from agl_trl import AGLDPOConfig, AGLDPOTrainer, AGLSFTConfig, AGLSFTTrainer, estimate_fisher
+from agl_trl.data import AlignmentBatch
 from agl_trl.demo import LORA, TRAINING
 from agl_trl.lora import guarded_layers
 from agl_trl.miniworld import alignment_dataset, load_model
@@ -58,6 +59,14 @@ def build(trainer_class: type, args: SFTConfig, setting: Setting, **kwargs: Any)
     )
     trainer.remove_callback(PrinterCallback)
     return trainer
+
+
+def batch_nll(model: PreTrainedModel | PeftModel, batch: AlignmentBatch) -> Tensor:
+    """Mean NLL per answer token, to be differentiated."""
+    logits = model(input_ids=batch.input_ids, attention_mask=batch.attention_mask, use_cache=False).logits
+    mask = batch.answer_mask[:, :-1]
+    log_probs = logits[:, :-1].float().log_softmax(-1).gather(2, batch.input_ids[:, 1:, None]).squeeze(2)
+    return -(log_probs * mask).sum() / mask.sum()
 
 
 @torch.no_grad()

@@ -1,18 +1,21 @@
-"""The Fisher pass relative to an SFT epoch over the same rows, and beside it that of `alignment-risk`."""
+"""The Fisher pass relative to an SFT epoch over the same rows, and beside it those of `alignment-risk`."""
 
+import importlib.util
 import tempfile
 import time
 from pathlib import Path
 from statistics import median
 from typing import Any
 
+import psutil
 import torch
 from peft import LoraConfig, get_peft_model
+from transformers import PrinterCallback
 from trl import SFTConfig, SFTTrainer
 
 from agl_trl.miniworld import load_tokenizer
 
-from .memory import PASSES, PEER, apart, fisher_pass
+from .memory import PASSES, PEERS, apart, fisher_pass, peer_bytes
 from .shapes import SHAPES, Shape, lora_of, model_of, rows_of, training_of
 
 
@@ -26,6 +29,7 @@ def epoch_seconds(shape: Shape, rows) -> float:
             processing_class=load_tokenizer(),
             peft_config=LoraConfig(**lora_of(shape)),
         )
+        trainer.remove_callback(PrinterCallback)
         start = time.perf_counter()
         trainer.train()
         if shape.accelerator:
@@ -65,13 +69,18 @@ def pass_ratios(name: str, size: int, rounds: int) -> list[dict[str, Any]]:
                 "file MB": bytes_on_disk[label] / 1e6,
             }
         )
-    peer = apart(PEER, name, "sft", size)
-    if peer is None:
-        return lines + [{"pass": f"{PEER}: not installed"}]
-    relative = peer["seconds"] / median(epochs[1:])
-    return lines + [
-        {"pass": PEER, "ratio to an epoch": relative, "seconds": peer["seconds"], "extra MB": peer["extra"] / 1e6}
-    ]
+    return lines + [{"pass": peer, **peer_ratios(peer, name, size, median(epochs[1:]))} for peer in PEERS]
+
+
+def peer_ratios(peer: str, name: str, size: int, epoch: float) -> dict[str, Any]:
+    """What the peer took, or why there is no figure."""
+    if importlib.util.find_spec("alignment_risk") is None:
+        return {"seconds": "not installed"}
+    needed = peer_bytes(peer, SHAPES[name], size)
+    if needed > psutil.virtual_memory().available:
+        return {"seconds": "does not fit", "extra MB": f"more than {needed / 1e6:,.0f}"}
+    held = apart(peer, name, "sft", size)
+    return {"ratio to an epoch": held["seconds"] / epoch, "seconds": held["seconds"], "extra MB": held["extra"] / 1e6}
 
 
 def saved_bytes(statistics) -> int:

@@ -1,6 +1,5 @@
 """Peak memory of one trainer or one Fisher pass, each measured in a process of its own."""
 
-import importlib.util
 import json
 import subprocess
 import sys
@@ -10,25 +9,25 @@ from typing import Annotated, Any
 
 import torch
 import typer
-from peft import LoraConfig, get_peft_model
+from peft import LoraConfig, PeftModel, get_peft_model
 
 from agl_trl import estimate_fisher
 from agl_trl.data import batches, select_rows, tokenize_row
+from agl_trl.lora import linear_layers
 from agl_trl.miniworld import load_tokenizer
 
 from ..run import quiet, reset_peak, resident
-from .shapes import SHAPES, lora_of, model_of, rows_of
+from .shapes import SHAPES, Shape, lora_of, model_of, rows_of
 from .turns import build
 
 
 PASSES = {"Fisher, δ = 1": 1.0, "Fisher, δ = 0.1": 0.1}
-PEER = "alignment-risk"
+# Which parameters `alignment-risk` takes its Fisher of: those of the adapter, or the weights that ours is about.
+PEERS = {"alignment-risk, adapter": False, "alignment-risk, weights": True}
 
 
-def apart(name: str, shape: str, kind: str, size: int) -> dict[str, float] | None:
-    """What [`main`] prints, from a fresh process; `None` where the peer is not installed."""
-    if name == PEER and importlib.util.find_spec("alignment_risk") is None:
-        return None
+def apart(name: str, shape: str, kind: str, size: int) -> dict[str, float]:
+    """What [`main`] prints, from a fresh process."""
     command = [sys.executable, "-m", "examples.benchmark.overhead.memory", name, shape, kind, str(size)]
     done = subprocess.run(command, check=False, capture_output=True, text=True)
     if done.returncode:
@@ -41,7 +40,7 @@ def main(name: str, shape: str, kind: str, size: Annotated[int, typer.Argument(h
     quiet()
     rule = SHAPES[shape]
     with tempfile.TemporaryDirectory() as folder:
-        if name in PASSES or name == PEER:
+        if name in PASSES or name in PEERS:
             model = get_peft_model(model_of(rule), LoraConfig(**lora_of(rule)))
             rows = rows_of(rule, rows=size)
             job = lambda: fisher_pass(name, model, rows, rule.length, rule.batch)  # noqa: E731
@@ -56,23 +55,36 @@ def main(name: str, shape: str, kind: str, size: Annotated[int, typer.Argument(h
 
 
 def fisher_pass(name: str, model, rows, length: int, batch: int) -> Any:
-    """Statistics of the rows, with ours or with `alignment-risk`, whose samples are rows and whose parameters are LoRA's."""
+    """Statistics of the rows, with ours or with `alignment-risk`, whose samples are rows."""
     tokenizer = load_tokenizer()
-    if name != PEER:
+    if name in PASSES:
         options = dict(damping=PASSES[name], num_samples=None, batch_size=batch, max_length=length, progress=False)
         return estimate_fisher(model, rows, tokenizer, **options)
     from alignment_risk import FisherConfig, FisherSubspaceAnalyzer
 
     tokenized = [tokenize_row(row, tokenizer, length) for row in select_rows(rows, None, 0)]
 
-    def loss(model, batch):
-        labels = batch.input_ids.masked_fill(~batch.token_mask.bool(), -100)
-        return model(input_ids=batch.input_ids, attention_mask=batch.attention_mask, labels=labels).loss
-
     config = FisherConfig(max_samples=len(rows), max_parameters=10**12, device=str(model.device))
-    single = list(batches(tokenized, 1, tokenizer.pad_token_id, model.device))
-    names = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
-    return FisherSubspaceAnalyzer(config).analyze(model, single, loss, names)
+    single = [{"input_ids": b.input_ids} for b in batches(tokenized, 1, tokenizer.pad_token_id, model.device)]
+    names = peer_parameters(name, model)
+    return FisherSubspaceAnalyzer(config).analyze(
+        model, single, lambda m, b: m(**b, labels=b["input_ids"]).loss, names
+    )
+
+
+def peer_parameters(name: str, model: PeftModel) -> list[str]:
+    """Names of the parameters that the peer takes gradients of, which alone require them afterwards."""
+    weights = {id(layer.get_base_layer().weight) for layer in linear_layers(model).values()}
+    for parameter in model.parameters():
+        parameter.requires_grad_(id(parameter) in weights if PEERS[name] else parameter.requires_grad)
+    return [name for name, parameter in model.named_parameters() if parameter.requires_grad]
+
+
+def peer_bytes(name: str, shape: Shape, rows: int) -> int:
+    """What the peer holds at least: a gradient of every row, once in a list and once as a matrix."""
+    model = get_peft_model(model_of(shape), LoraConfig(**lora_of(shape)))
+    names = set(peer_parameters(name, model))
+    return 2 * 4 * rows * sum(parameter.numel() for key, parameter in model.named_parameters() if key in names)
 
 
 def _reset(accelerator: bool) -> int:
