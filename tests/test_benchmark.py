@@ -61,14 +61,13 @@ def test_l2_is_the_plain_relative_shrinkage(tmp_path):
     assert trainer.drift_report().mean_relative_drift == pytest.approx(torch.stack(expected).mean().item(), rel=1e-3)
 
 
-def test_runs_are_resumed_and_reported(tmp_path, monkeypatch):
-    calls = []
-    run_one = benchmark.run_one
-    monkeypatch.setattr(benchmark, "run_one", lambda *args: calls.append(args[:3]) or run_one(*args))
+def test_runs_are_resumed_and_reported(tmp_path):
     arguments = dict(protocols="steps", seeds=1, steps=3, workers=1, quick=False, output_dir=tmp_path)
     benchmark.main(methods="lora", **arguments)
+    first = {path: path.stat().st_mtime_ns for path in (tmp_path / "runs").iterdir()}
     benchmark.main(methods="lora,budget-1e-3", **arguments)
-    assert calls == [("steps", "lora", 0), ("steps", "budget-1e-3", 0)], "a finished run is not repeated"
+    assert [path.name for path in first] == ["steps__lora__0__3.json"]
+    assert all(path.stat().st_mtime_ns == when for path, when in first.items()), "a finished run is not repeated"
     report = (tmp_path / "report.md").read_text()
     assert "| lora | nothing |" in report and "| budget-1e-3 | statistics |" in report and "1 of 1 runs" in report
     assert (tmp_path / "curves.png").stat().st_size > 10_000 and not (tmp_path / "scratch").exists()

@@ -16,7 +16,6 @@ from multiprocessing import get_context
 from pathlib import Path
 from typing import Annotated
 
-import torch
 import typer
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
@@ -26,7 +25,7 @@ from agl_trl.miniworld import TASKS
 from .methods import CORE, METHODS, QUICK
 from .protocols import PROTOCOLS
 from .report import write_report
-from .run import quiet, run_one, start_worker
+from .run import aligned, quiet, run_one, save_yardstick, start_worker
 
 
 STEPS = 150
@@ -65,29 +64,35 @@ def main(
     )
     minutes = len(plan) * steps * SECONDS_PER_STEP / 60 / workers
     typer.echo(f"{len(plan)} runs of {steps} steps, {workers} at a time: about {max(1, round(minutes))} minutes.")
-    with Progress(*columns, speed_estimate_period=3600) as progress:
+    context = get_context("forkserver")
+    context.set_forkserver_preload(["examples.benchmark.run"])  # imported once, for all processes
+    # A process for every run: memory that another run has left behind would count as its own.
+    with (
+        Progress(*columns, speed_estimate_period=3600) as progress,
+        ProcessPoolExecutor(workers, context, start_worker, max_tasks_per_child=1) as pool,
+    ):
+        if plan:
+            pool.submit(save_yardstick, output_dir).result()
+        fresh = [name for name in chosen_protocols if not _aligned(output_dir, name).exists()]
+        for name, line in zip(fresh, pool.map(aligned, fresh), strict=True):
+            write_atomically(_aligned(output_dir, name), (json.dumps(line, indent=1) + "\n").encode())
         bar = progress.add_task("", total=len(plan))
-
-        def keep(protocol: str, method: str, seed: int, result: dict) -> None:
+        runs = {pool.submit(run_one, *run, steps, output_dir): run for run in plan}
+        for future in as_completed(runs):
+            protocol, method, seed = runs[future]
             path = _path(output_dir, protocol, method, seed, steps)
-            write_atomically(path, (json.dumps(result, indent=1) + "\n").encode())
+            write_atomically(path, (json.dumps(future.result(), indent=1) + "\n").encode())
             progress.update(bar, advance=1, description=f"{protocol} · {method} · seed {seed}")
-
-        if workers == 1:
-            torch.set_num_threads(1)
-            for run in plan:
-                keep(*run, run_one(*run, steps, output_dir / "scratch"))
-        elif plan:
-            with ProcessPoolExecutor(workers, get_context("spawn"), start_worker) as pool:
-                runs = {pool.submit(run_one, *run, steps, output_dir / "scratch"): run for run in plan}
-                for future in as_completed(runs):
-                    keep(*runs[future], future.result())
     shutil.rmtree(output_dir / "scratch", ignore_errors=True)
     write_report(output_dir, steps)
 
 
 def _path(folder: Path, protocol: str, method: str, seed: int, steps: int) -> Path:
     return folder / "runs" / f"{protocol}__{method}__{seed}__{steps}.json"
+
+
+def _aligned(folder: Path, protocol: str) -> Path:
+    return folder / "aligned" / f"{protocol}.json"
 
 
 def _choice(given: str | None, default: tuple[str, ...], known: dict, kind: str) -> tuple[str, ...]:

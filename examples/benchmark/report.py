@@ -38,8 +38,9 @@ def load(folder: Path, steps: int) -> dict[tuple[str, str], list[dict]]:
     raw = [json.loads(path.read_text()) for path in sorted((folder / "runs").glob(f"*__{steps}.json"))]
     plain = {(r["protocol"], r["run"]["seed"]): r["run"] for r in raw if r["run"]["name"] == "lora"}
     plain_bytes = {(r["protocol"], r["run"]["seed"]): r["peak_bytes"] for r in raw if r["run"]["name"] == "lora"}
+    lines = aligned_lines(folder)
     for result in raw:
-        run, aligned = result["run"], result["aligned"]
+        run, aligned = result["run"], lines[result["protocol"]]
         base = plain.get((result["protocol"], run["seed"]))
         if base is not None:
             run["gain"] = (aligned["task_nll"] - run["task_nll"]) / (aligned["task_nll"] - base["task_nll"])
@@ -127,10 +128,10 @@ def curves(results: dict[tuple[str, str], list[dict]], protocols: list[str]) -> 
     return figure
 
 
-def aligned_lines(folder: Path, steps: int) -> dict[str, dict]:
-    """Figures of the aligned model before training, by protocol."""
-    raw = [json.loads(path.read_text()) for path in sorted((folder / "runs").glob(f"*__{steps}.json"))]
-    return {result["protocol"]: result["aligned"] for result in raw}
+def aligned_lines(folder: Path) -> dict[str, dict]:
+    """Figures of the aligned model before training, by protocol, in the order of the protocols."""
+    paths = {name: folder / "aligned" / f"{name}.json" for name in PROTOCOLS}
+    return {name: json.loads(path.read_text()) for name, path in paths.items() if path.exists()}
 
 
 def write_report(folder: Path, steps: int) -> None:
@@ -150,7 +151,7 @@ def write_report(folder: Path, steps: int) -> None:
         "(0) to the aligned model's (1), both on a log scale, cut at 0 and 1. A family with several strengths has several points, "
         "and so more area.\n\n"
     )
-    text = [head, rank + ranking(results, aligned_lines(folder, steps))]
+    text = [head, rank + ranking(results, aligned_lines(folder))]
     text += [f"## {protocol}\n\n{table(results, protocol)}" for protocol in protocols]
     text.append(f"{budgets_kept(results)}\n\n![Trade-off curves](curves.png)\n")
     report = "\n\n".join(text)

@@ -6,7 +6,6 @@ Apart from `__main__`, which processes that are spawned cannot import.
 import shutil
 import time
 import warnings
-from functools import cache
 from pathlib import Path
 
 import torch
@@ -24,16 +23,19 @@ from .methods import METHODS, Setting
 from .protocols import PROTOCOLS, attack, test_rows, training_rows
 
 
+YARDSTICK = "yardstick"
+
+
 def start_worker() -> None:
     """One thread and no noise."""
     quiet()
     torch.set_num_threads(1)
 
 
-def run_one(protocol: str, method: str, seed: int, steps: int, scratch: Path) -> dict:
-    """Train and evaluate one method; its line of the results, with the figures of the aligned model beside."""
+def run_one(protocol: str, method: str, seed: int, steps: int, folder: Path) -> dict:
+    """Train and evaluate one method, in a process of its own or its peak of memory is another's; its line of the results."""
     tokenizer, prompts, rule = load_tokenizer(), heldout_prompts(), PROTOCOLS[protocol]
-    scratch = scratch / f"{protocol}-{method}-{seed}"
+    scratch = folder / "scratch" / f"{protocol}-{method}-{seed}"
     shutil.rmtree(scratch, ignore_errors=True)
     train = training_rows(rule, seed, steps * 16)
     reset_peak()
@@ -50,25 +52,24 @@ def run_one(protocol: str, method: str, seed: int, steps: int, scratch: Path) ->
         attack(trainer, rule.tasks[0], seed)
     test = test_rows(rule)
     expected = test.map(prefixed) if METHODS[method].prefixed else test
+    yardstick = FisherStatistics.from_pretrained(folder / YARDSTICK)
     _, run = evaluate(method, seed, trainer.model, tokenizer, prompts, expected, progress=False)
-    run.relative_drift = DriftReport.measure(trainer.model, yardstick()).mean_relative_drift
+    run.relative_drift = DriftReport.measure(trainer.model, yardstick).mean_relative_drift
     run.train_seconds = seconds
     shutil.rmtree(scratch, ignore_errors=True)
-    line = {"protocol": protocol, "steps": steps, "run": vars(run), "aligned": aligned(protocol)}
-    return line | {"budget_kept": kept, "peak_bytes": peak}
+    return {"protocol": protocol, "steps": steps, "run": vars(run), "budget_kept": kept, "peak_bytes": peak}
 
 
-@cache
 def aligned(protocol: str) -> dict:
     """Figures of the aligned model."""
     test = test_rows(PROTOCOLS[protocol])
     return vars(evaluate("aligned", 0, load_model(), load_tokenizer(), heldout_prompts(), test, progress=False)[1])
 
 
-@cache
-def yardstick() -> FisherStatistics:
-    """The same for all: the shipped statistics, whatever the method was trained with."""
-    return estimate_fisher(load_model(), alignment_dataset(), load_tokenizer(), progress=False)
+def save_yardstick(folder: Path) -> None:
+    """What the relative drift of every run is measured with: the statistics of all alignment rows, whatever the method had."""
+    statistics = estimate_fisher(load_model(), alignment_dataset(), load_tokenizer(), progress=False)
+    statistics.save_pretrained(folder / YARDSTICK)
 
 
 def reset_peak() -> None:
