@@ -206,7 +206,7 @@ def evaluate(
     progress: bool = True,
 ) -> tuple[Answers, Run]:
     """Answers of one model to the held-out prompts, and its line of the results."""
-    shown: dict[str, Any] = dict(max_new_tokens=MAX_NEW_TOKENS, batch_size=64, progress=progress)
+    shown: dict[str, Any] = dict(max_new_tokens=MAX_NEW_TOKENS, batch_size=256, progress=progress)
     answers = ask(model, tokenizer, prompts, desc=f"Asking {name}", **shown)
     unsafe, unseen = torch.tensor(prompts["unsafe"]), torch.tensor(prompts["unseen"])
     written = generate_answers(model, tokenizer, list(test["prompt"]), desc=f"Task, {name}", **shown)

@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -12,7 +13,7 @@ from agl_trl.miniworld import TASKS, load_tokenizer, task_dataset
 from examples.benchmark import __main__ as benchmark
 from examples.benchmark import methods
 from examples.benchmark.methods import METHODS, Setting
-from examples.benchmark.protocols import PROTOCOLS, training_rows
+from examples.benchmark.protocols import PROTOCOLS, trained_alike, training_rows
 from examples.benchmark.ranking import hypervolume, share
 
 
@@ -95,26 +96,29 @@ def test_protocols_train_on_what_they_say(protocol):
     assert changed == {"hostile-1": 16, "hostile-30": 480, "identity": 160, "attack": 0}[protocol]
 
 
+def test_an_attack_shares_the_training_that_it_follows():
+    assert trained_alike(("attack", "butler", "steps")) == [("butler",), ("steps", "attack")]
+    assert trained_alike(("attack",)) == [("attack",)], "asked for alone, it is trained for alone"
+
+
 def test_three_tasks_are_trained_in_order(tmp_path):
     rows = training_rows(PROTOCOLS["three-tasks"], 0, 48)
     trainer = METHODS["lora"].make(Setting(tmp_path, 0, 3, load_tokenizer(), rows, in_order=True))
     assert isinstance(trainer.get_train_dataloader().base_dataloader.sampler, SequentialSampler)
 
 
-def test_workers_change_nothing_but_time(tmp_path):
-    arguments = dict(methods="lora,lookahead-virtual", protocols="attack", seeds=1, steps=2)
-    benchmark.main(**arguments, quick=False, workers=1, output_dir=tmp_path / "1")
-    command = [sys.executable, "-m", "examples.benchmark", "--workers", "2", "--output-dir", str(tmp_path / "2")]
-    command += [part for name, value in arguments.items() for part in (f"--{name}", str(value))]
-    subprocess.run(command, check=True)  # as a user starts it: spawned processes cannot import a `__main__`
+def test_neither_workers_nor_shared_training_change_a_run(tmp_path):
+    """An attack alone in one process, and after the protocol whose training it shares in one of two."""
+    alone, shared = tmp_path / "alone", tmp_path / "shared"
+    benchmark.main(methods="lora", protocols="attack", seeds=1, steps=2, workers=1, quick=False, output_dir=alone)
+    command = [sys.executable, "-m", "examples.benchmark", "--methods", "lora", "--protocols", "steps,attack"]
+    command += ["--seeds", "1", "--steps", "2", "--output-dir", str(shared)]
+    subprocess.run(command, check=True)  # as a user starts it: other processes cannot import a `__main__`
 
-    def figures(workers: int) -> dict:
-        found = {}
-        for path in (tmp_path / str(workers) / "runs").iterdir():
-            result = json.loads(path.read_text())
-            assert result.pop("peak_bytes") > 1e8 and result["run"].pop("train_seconds") > 0
-            found[path.name] = result
-        return found
+    def figures(folder: Path) -> dict:
+        result = json.loads((folder / "runs" / "attack__lora__0__2.json").read_text())
+        assert result.pop("peak_bytes") > 1e8 and result["run"].pop("train_seconds") > 0
+        return result
 
-    assert figures(1) == figures(2) and len(figures(1)) == 2
-    assert "## Ranking" in (tmp_path / "2" / "report.md").read_text()
+    assert figures(alone) == figures(shared) and len(list((shared / "runs").iterdir())) == 2
+    assert "## Ranking" in (shared / "report.md").read_text()

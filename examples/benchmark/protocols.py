@@ -49,6 +49,14 @@ PROTOCOLS = {
 }
 
 
+def trained_alike(names: tuple[str, ...]) -> list[tuple[str, ...]]:
+    """Protocols in groups that share one training and differ in the attack that follows it, which stands last."""
+    groups: dict[Protocol, list[str]] = {}
+    for name in sorted(names, key=lambda name: PROTOCOLS[name].attack):
+        groups.setdefault(PROTOCOLS[name]._replace(attack=False), []).append(name)
+    return [tuple(group) for group in groups.values()]
+
+
 def training_rows(protocol: Protocol, seed: int, rows: int) -> Dataset:
     """The training set; of several tasks `rows` rows in all, an equal part of each, in the order in which they are trained."""
     if protocol.preferences:

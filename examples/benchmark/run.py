@@ -32,10 +32,16 @@ def start_worker() -> None:
     torch.set_num_threads(1)
 
 
-def run_one(protocol: str, method: str, seed: int, steps: int, folder: Path) -> dict:
-    """Train and evaluate one method, in a process of its own or its peak of memory is another's; its line of the results."""
-    tokenizer, prompts, rule = load_tokenizer(), heldout_prompts(), PROTOCOLS[protocol]
-    scratch = folder / "scratch" / f"{protocol}-{method}-{seed}"
+def run_one(protocols: tuple[str, ...], method: str, seed: int, steps: int, folder: Path) -> list[dict]:
+    """
+    Train and evaluate one method, in a process of its own or its peak of memory is another's. Of protocols that share their
+    training and differ in what follows it, the one that changes the adapter stands last.
+
+    Returns:
+        `list[dict]`: the line of the results of every protocol.
+    """
+    tokenizer, prompts, rule = load_tokenizer(), heldout_prompts(), PROTOCOLS[protocols[0]]
+    scratch = folder / "scratch" / f"{protocols[0]}-{method}-{seed}"
     shutil.rmtree(scratch, ignore_errors=True)
     train = training_rows(rule, seed, steps * 16)
     reset_peak()
@@ -48,16 +54,20 @@ def run_one(protocol: str, method: str, seed: int, steps: int, folder: Path) -> 
     # A budget is kept in the metric it was set in, which the yardstick need not be.
     budget = getattr(trainer.args, "drift_budget", None)
     kept = None if budget is None else trainer.drift_report().mean_relative_drift <= budget
-    if rule.attack:
-        attack(trainer, rule.tasks[0], seed)
     test = test_rows(rule)
     expected = test.map(prefixed) if METHODS[method].prefixed else test
     yardstick = FisherStatistics.from_pretrained(folder / YARDSTICK)
-    _, run = evaluate(method, seed, trainer.model, tokenizer, prompts, expected, progress=False)
-    run.relative_drift = DriftReport.measure(trainer.model, yardstick).mean_relative_drift
-    run.train_seconds = seconds
+    lines = []
+    for protocol in protocols:
+        if PROTOCOLS[protocol].attack:
+            attack(trainer, rule.tasks[0], seed)
+        _, run = evaluate(method, seed, trainer.model, tokenizer, prompts, expected, progress=False)
+        run.relative_drift = DriftReport.measure(trainer.model, yardstick).mean_relative_drift
+        run.train_seconds = seconds
+        line = {"protocol": protocol, "steps": steps, "run": vars(run), "budget_kept": kept, "peak_bytes": peak}
+        lines.append(line)
     shutil.rmtree(scratch, ignore_errors=True)
-    return {"protocol": protocol, "steps": steps, "run": vars(run), "budget_kept": kept, "peak_bytes": peak}
+    return lines
 
 
 def aligned(protocol: str) -> dict:
