@@ -17,7 +17,7 @@ from transformers import PreTrainedModel
 from .artifacts import FISHER_FILE, FOLDER, ArtifactError, find_artifact, load_tensors, save_tensors
 from .forms import check_fisher, refuse, shown
 from .lora import GuardedLayer, base_weight, guarded_layers, layer_shape
-from .penalty import LayerMetric, RelativeDrift, dense_quadratic_form
+from .penalty import LayerMetric, RelativeDrift, dense_quadratic_form, grouped
 from .sketch import LowRankCovariance
 
 
@@ -72,9 +72,12 @@ class FisherStatistics:
 
     def metric(self, name: str, device: torch.device | str = "cpu") -> LayerMetric:
         """Metric of a layer, by its name in the base model, in float32."""
-        X = self.inputs[self.input_of[name]].to(device, torch.float32)
-        G = self.outputs[name].to(device, torch.float32).damped(self.damping) if self.outputs else None
-        return LayerMetric(X, G, self.weight_norm[name].to(device))
+        return self.kept_metric(name).to(device, torch.float32)
+
+    def kept_metric(self, name: str) -> LayerMetric:
+        """Metric of a layer in the type it is kept in; layers that read the same input share its tensors."""
+        G = self.outputs[name].damped(self.damping) if self.outputs else None
+        return LayerMetric(self.inputs[self.input_of[name]], G, self.weight_norm[name])
 
     @torch.no_grad()
     def weight_norms(self, layers: dict[str, nn.Module]) -> dict[str, Tensor]:
@@ -93,7 +96,8 @@ class FisherStatistics:
 
     def drift_of(self, layers: list[GuardedLayer]) -> RelativeDrift:
         """Batched relative drift of guarded layers, ready to be called with their factors at every step."""
-        return RelativeDrift([self.metric(layer.name) for layer in layers], [layer.factors for layer in layers])
+        metrics = [self.kept_metric(layer.name) for layer in layers]
+        return RelativeDrift(grouped(metrics, [layer.factors for layer in layers]))
 
     def relative_drift(self, model: PreTrainedModel | PeftModel) -> dict[str, float]:
         """

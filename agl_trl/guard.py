@@ -19,6 +19,7 @@ from .fisher import FisherStatistics
 from .lora import GuardedLayer, frozen_weights, local
 from .objective import AlignGuardObjective, Coefficients
 from .paper import PaperObjective
+from .penalty import RelativeDrift
 
 
 class Guard:
@@ -51,22 +52,21 @@ class Guard:
     ):
         self.layers, self.anchor, self.anchor_coef = layers, anchor, args.anchor_coef
         factors = self.factors()
-        # Where the objective does not give the drift itself, or gives it before the step alone.
-        separate = args.variant == "paper" or args.drift_budget is not None
-        self.drift = statistics.drift_of(layers) if separate else None
         self.objective: AlignGuardObjective | PaperObjective
         if args.variant == "paper":
             self.objective = PaperObjective([statistics.outputs[layer.name] for layer in layers], factors)
+            self.drift = statistics.drift_of(layers)
         else:
             coefficients = coefficients_of(args)
             self.objective = AlignGuardObjective(
                 coefficients,
-                [statistics.metric(layer.name) for layer in layers],
+                [statistics.kept_metric(layer.name) for layer in layers],
                 factors,
-                None if task_statistics is None else [task_statistics.metric(layer.name) for layer in layers],
+                None if task_statistics is None else [task_statistics.kept_metric(layer.name) for layer in layers],
                 frozen_weights(layers) if coefficients.needs_weights else None,
                 seed=args.seed,
             )
+            self.drift = RelativeDrift([stack.group for stack in self.objective.stacks])
         self.budget: DriftBudget | None = None
         if args.drift_budget is not None:
             self.budget = DriftBudget(args.drift_budget, factors[0].A.device, multiplier)
@@ -86,7 +86,6 @@ class Guard:
         factors = self.factors()
         terms = self.objective(factors, step)
         if "relative_drift" not in terms:
-            assert self.drift is not None
             with torch.no_grad():
                 terms["relative_drift"] = self.drift(factors).mean()
         if self.budget is not None:
@@ -103,7 +102,7 @@ class Guard:
     @torch.no_grad()
     def after_step(self) -> None:
         """After the optimizer has moved the weights: hold the budget."""
-        if self.budget is not None and self.drift is not None:
+        if self.budget is not None:
             # A continued adapter can't be scaled back to where it started within its rank; the multiplier alone holds it.
             Bs = [local(layer.parameters[1]) for layer in self.layers if layer.reference is None]
             self.budget.after_step(self.drift(self.factors()).mean(), Bs)

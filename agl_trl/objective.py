@@ -9,7 +9,7 @@ from torch import Tensor
 
 from .collision import FrozenWeights, geodesic_separation, riemannian_overlap
 from .decomposition import Update, critical_inner, critical_mask, inner, project, subtract
-from .penalty import LayerGroup, LayerMetric, LoraFactors, grouped, stacked
+from .penalty import LayerGroup, LayerMetric, LoraFactors, grouped
 
 
 TaskMetric = Literal["rest", "identity", "task"]
@@ -78,7 +78,7 @@ class Coefficients:
 class _Stack(NamedTuple):
     group: LayerGroup
     masks: Tensor | None
-    task_metric: LayerMetric | None
+    task_group: LayerGroup | None
     task_masks: Tensor | None
     weights: FrozenWeights | None
 
@@ -123,13 +123,14 @@ class AlignGuardObjective:
         self.stacks = []
         for group in grouped(metrics, factors, task_metrics):
             device = group.scaling.device
-            masks, task_metric, task_masks, frozen = None, None, None, None
+            masks, task_group, task_masks, frozen = None, None, None, None
             if not coefficients.complete:
                 masks = _masks([metrics[i] for i in group.indices], coefficients.fisher_energy, device)
             if coefficients.needs_task_fisher:
                 assert task_metrics is not None
-                task_metric = stacked([task_metrics[i] for i in group.indices], device)
-                task_masks = _masks([task_metrics[i] for i in group.indices], coefficients.fisher_energy, device)
+                of_task = [task_metrics[i] for i in group.indices]
+                (task_group,) = grouped(of_task, [factors[i] for i in group.indices])
+                task_masks = _masks(of_task, coefficients.fisher_energy, device)
             if coefficients.needs_weights:
                 assert weights is not None
                 index = torch.tensor(group.indices)
@@ -138,7 +139,7 @@ class AlignGuardObjective:
                     weights.rms[index].to(device),
                     weights.squared_norm[index].to(device),
                 )
-            self.stacks.append(_Stack(group, masks, task_metric, task_masks, frozen))
+            self.stacks.append(_Stack(group, masks, task_group, task_masks, frozen))
 
     def __call__(self, factors: Sequence[LoraFactors], step: int = 0) -> dict[str, Tensor]:
         """
@@ -177,8 +178,9 @@ class AlignGuardObjective:
 
     def _terms(self, stack: "_Stack", factors: Sequence[LoraFactors], step: int) -> dict[str, Tensor]:
         """Terms per layer of one stack, each of shape `(layers,)`."""
-        group, masks, task_metric, task_masks, frozen = stack
+        group, masks, task_group, task_masks, frozen = stack
         c, metric = self.coefficients, group.metric
+        task_metric = None if task_group is None else task_group.metric
         update = Update(
             torch.stack([factors[i].A for i in group.indices]).float(),
             torch.stack([factors[i].B for i in group.indices]).float() * group.scaling[:, None, None],

@@ -45,6 +45,11 @@ class LayerMetric(NamedTuple):
     output: LowRankCovariance | None
     weight_norm: Tensor
 
+    def to(self, *args, **kwargs) -> "LayerMetric":
+        """Same metric with every tensor moved or cast as by `Tensor.to`."""
+        output = None if self.output is None else self.output.to(*args, **kwargs)
+        return LayerMetric(self.input.to(*args, **kwargs), output, self.weight_norm.to(*args, **kwargs))
+
     def mean_eigenvalue(self) -> Tensor:
         """Mean eigenvalue of 𝓕, that of X, because `G_δ` has mean eigenvalue one."""
         return self.input.trace() / self.input.dim
@@ -85,11 +90,30 @@ def dense_quadratic_form(weight: Tensor, metric: LayerMetric) -> Tensor:
 
 
 class LayerGroup(NamedTuple):
-    """Layers of equal shape, on one device, handled by one batched call: their positions, scalings and stacked metrics."""
+    """
+    Layers of equal shape, on one device, handled by one batched call.
+
+    Args:
+        indices (`list[int]`):
+            Their positions among all layers.
+        scaling (`Tensor`):
+            s, of shape `(layers,)`.
+        kept (`LayerMetric`):
+            Their metrics, stacked, with eigenvectors in the type they are stored in and those of the inputs without repetition.
+        input_of (`Tensor`):
+            Which of the inputs' eigenvectors each layer reads, of shape `(layers,)`.
+    """
 
     indices: list[int]
     scaling: Tensor
-    metric: LayerMetric
+    kept: LayerMetric
+    input_of: Tensor
+
+    @property
+    def metric(self) -> LayerMetric:
+        """One metric with a leading layer dimension, in float32: made when asked for, several times larger than what is kept."""
+        V = self.kept.input.eigenvectors[self.input_of]
+        return self.kept._replace(input=self.kept.input._replace(eigenvectors=V)).to(torch.float32)
 
 
 def grouped(
@@ -102,23 +126,29 @@ def grouped(
 
     Args:
         metrics (`Sequence[LayerMetric]`):
-            One per layer.
+            One per layer; where layers share the eigenvectors of their input (the very tensor), all groups read one copy.
         factors (`Sequence[LoraFactors]`):
             Factors of the same layers; only their shapes, scalings and devices are read.
         others (`Sequence[LayerMetric]`, *optional*):
             Second metrics of the same layers that must stack too.
     """
     groups: dict[tuple, list[int]] = defaultdict(list)
+    distinct: dict[tuple, dict[int, Tensor]] = defaultdict(dict)  # by device, type and shape
     for index, (metric, factor) in enumerate(zip(metrics, factors, strict=True)):
+        V, device = metric.input.eigenvectors, factor.A.device
         ranks = [_ranks(metric)] + ([_ranks(others[index])] if others is not None else [])
-        groups[factor.A.device, factor.A.shape, factor.B.shape, *ranks].append(index)
+        groups[(device, V.dtype, V.shape), factor.A.shape, factor.B.shape, *ranks].append(index)
+        distinct[device, V.dtype, V.shape][id(V)] = V
+    inputs = {key: torch.stack([V.to(key[0]) for V in tensors.values()]) for key, tensors in distinct.items()}
+    position = {key: {name: i for i, name in enumerate(tensors)} for key, tensors in distinct.items()}
     return [
         LayerGroup(
             indices,
-            torch.tensor([factors[i].scaling for i in indices], device=device),
-            stacked([metrics[i] for i in indices], device),
+            torch.tensor([factors[i].scaling for i in indices], device=key[0]),
+            _stacked([metrics[i] for i in indices], key[0], inputs[key]),
+            torch.tensor([position[key][id(metrics[i].input.eigenvectors)] for i in indices], device=key[0]),
         )
-        for (device, *_), indices in groups.items()
+        for (key, *_), indices in groups.items()
     ]
 
 
@@ -127,19 +157,18 @@ def _ranks(metric: LayerMetric) -> tuple[int, int | None]:
     return metric.input.eigenvalues.shape[-1], output
 
 
-def stacked(metrics: Sequence[LayerMetric], device: torch.device) -> LayerMetric:
-    """One metric with a leading layer dimension, in float32."""
+def _stacked(metrics: Sequence[LayerMetric], device: torch.device, inputs: Tensor) -> LayerMetric:
+    """One metric with a leading layer dimension, but for the given eigenvectors of the inputs."""
 
-    def stack(covariances: list[LowRankCovariance]) -> LowRankCovariance:
-        return LowRankCovariance(
-            *(torch.stack([t.to(device).float() for t in parts]) for parts in zip(*covariances, strict=True))
-        )
+    def stack(parts: Sequence[Tensor]) -> Tensor:
+        return torch.stack([part.to(device) for part in parts])
 
+    values, remainders = zip(*(metric.input[1:] for metric in metrics), strict=True)
     outputs = [metric.output for metric in metrics if metric.output is not None]
     return LayerMetric(
-        input=stack([metric.input for metric in metrics]),
-        output=stack(outputs) if outputs else None,
-        weight_norm=torch.stack([metric.weight_norm.to(device).float() for metric in metrics]),
+        input=LowRankCovariance(inputs, stack(values), stack(remainders)),
+        output=LowRankCovariance(*map(stack, zip(*outputs, strict=True))) if outputs else None,
+        weight_norm=stack([metric.weight_norm for metric in metrics]),
     )
 
 
@@ -149,23 +178,22 @@ class RelativeDrift:
     reference weights.
 
     Args:
-        metrics (`Sequence[LayerMetric]`):
-            One per layer.
-        factors (`Sequence[LoraFactors]`):
-            Factors of the same layers, in the same order; only their shapes, scalings and devices are read here.
+        groups (`list[LayerGroup]`):
+            All layers, in groups of equal shape.
     """
 
-    def __init__(self, metrics: Sequence[LayerMetric], factors: Sequence[LoraFactors]):
-        self.groups = grouped(metrics, factors)
-        order = [index for group in self.groups for index in group.indices]
-        self.inverse = torch.tensor(order).argsort().to(factors[0].A.device)
+    def __init__(self, groups: list[LayerGroup]):
+        self.groups = groups
+        (device,) = {group.scaling.device for group in groups if 0 in group.indices}
+        self.inverse = torch.tensor([index for group in groups for index in group.indices], device=device).argsort()
 
     def __call__(self, factors: Sequence[LoraFactors]) -> Tensor:
         """Relative drift per layer, of shape `(len(factors),)`, in float32 on the device of the first layer's factors."""
-        device = factors[0].A.device
+        device = self.inverse.device
         drifts = []
-        for indices, scaling, metric in self.groups:
-            A = torch.stack([factors[i].A for i in indices]).float()
-            B = torch.stack([factors[i].B for i in indices]).float()
-            drifts.append((quadratic_form(A, B, scaling, metric) / metric.weight_norm**2).to(device))
+        for group in self.groups:
+            A = torch.stack([factors[i].A for i in group.indices]).float()
+            B = torch.stack([factors[i].B for i in group.indices]).float()
+            metric = group.metric
+            drifts.append((quadratic_form(A, B, group.scaling, metric) / metric.weight_norm**2).to(device))
         return torch.cat(drifts)[self.inverse]

@@ -6,8 +6,10 @@ from agl_trl.penalty import (
     LoraFactors,
     RelativeDrift,
     dense_quadratic_form,
+    grouped,
     quadratic_form,
 )
+from agl_trl.sketch import LowRankCovariance
 
 from . import reference
 from .reference import dense, low_rank
@@ -65,8 +67,6 @@ def test_activation_metric_is_the_mean_squared_change_of_the_output():
     x = torch.randn(200, D_IN, generator=generator, dtype=torch.float64)
     A, B, _ = case(False)
     values, vectors = torch.linalg.eigh(x.T @ x / 200)
-    from agl_trl.sketch import LowRankCovariance
-
     metric = LayerMetric(
         LowRankCovariance(vectors, values, torch.zeros((), dtype=torch.float64)), None, torch.tensor(1.0)
     )
@@ -87,8 +87,26 @@ def test_batched_drift_equals_layer_by_layer():
         )
         output = low_rank(d_out, 4, seed, torch.float32).damped(0.1)
         metrics.append(LayerMetric(low_rank(d_in, 5, seed + 10, torch.float32), output, torch.tensor(1.0 + seed)))
-    drifts = RelativeDrift(metrics, factors)(factors)
+    drifts = RelativeDrift(grouped(metrics, factors))(factors)
     for drift, factor, metric in zip(drifts, factors, metrics, strict=True):
         delta = (factor.scaling * factor.B @ factor.A).double()
         expected = reference.quadratic_form(delta, *dense_metric(metric)) / metric.weight_norm.double() ** 2
         assert drift.item() == pytest.approx(expected.item(), rel=1e-5)
+
+
+def test_layers_that_read_one_input_keep_one_copy_of_its_eigenvectors():
+    """In the type they came in; what is computed with is float32 and the same as without sharing."""
+    generator = torch.Generator().manual_seed(0)
+    X = [low_rank(14, 5, seed, torch.float32) for seed in (0, 1)]
+    X = [one._replace(eigenvectors=one.eigenvectors.bfloat16()) for one in X]
+    metrics = [LayerMetric(one, None, torch.tensor(2.0)) for one in (X[0], X[0], X[1], X[0], X[1])]
+    factors = [
+        LoraFactors(torch.randn(3, 14, generator=generator), torch.randn(d_out, 3, generator=generator), 0.5)
+        for d_out in (10, 6, 10, 10, 6)
+    ]
+    groups = grouped(metrics, factors)
+    assert len(groups) == 2 and groups[0].kept.input.eigenvectors is groups[1].kept.input.eigenvectors
+    assert groups[0].kept.input.eigenvectors.shape == (2, 14, 5)
+    assert groups[0].kept.input.eigenvectors.dtype == torch.bfloat16
+    apart = [LayerMetric(LowRankCovariance(*(t.float() for t in m.input)), None, m.weight_norm) for m in metrics]
+    assert torch.equal(RelativeDrift(groups)(factors), RelativeDrift(grouped(apart, factors))(factors))
