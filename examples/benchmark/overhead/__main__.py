@@ -24,6 +24,7 @@ from ..run import quiet
 from .fisher import pass_ratios
 from .growth import growth
 from .memory import apart
+from .peer import installed
 from .shapes import SHAPES
 from .turns import SFT_ONLY, VARIANTS, step_ratios
 
@@ -61,6 +62,9 @@ def main(
         raise typer.BadParameter(f"there is no variant '{unknown[0]}'; known are {', '.join(VARIANTS)}")
     if SHAPES[shape].accelerator and not torch.cuda.is_available():
         raise typer.BadParameter(f"the shape {shape} needs a GPU, and there is none")
+    if "alignment-risk" in names and not installed():
+        Console().print("alignment-risk is not installed and is left out.")
+        names.remove("alignment-risk")
     names = ["TRL", *(name for name in names if name != "TRL")]
     results: dict[str, list[dict[str, Any]]] = {}
     for part in parts.split(","):

@@ -1,6 +1,5 @@
 """The Fisher pass relative to an SFT epoch over the same rows, and beside it those of `alignment-risk`."""
 
-import importlib.util
 import tempfile
 import time
 from pathlib import Path
@@ -15,7 +14,8 @@ from trl import SFTConfig, SFTTrainer
 
 from agl_trl.miniworld import load_tokenizer
 
-from .memory import PASSES, PEERS, apart, fisher_pass, peer_bytes
+from .memory import PASSES, apart, fisher_pass
+from .peer import PEERS, installed, peer_bytes
 from .shapes import SHAPES, Shape, lora_of, model_of, rows_of, training_of
 
 
@@ -74,7 +74,7 @@ def pass_ratios(name: str, size: int, rounds: int) -> list[dict[str, Any]]:
 
 def peer_ratios(peer: str, name: str, size: int, epoch: float) -> dict[str, Any]:
     """What the peer took, or why there is no figure."""
-    if importlib.util.find_spec("alignment_risk") is None:
+    if not installed():
         return {"seconds": "not installed"}
     needed = peer_bytes(peer, SHAPES[name], size)
     if needed > psutil.virtual_memory().available:

@@ -17,6 +17,7 @@ from agl_trl.data import select_rows, tokenize_row
 from agl_trl.miniworld import alignment_dataset, load_tokenizer
 
 from ..methods import ReplayTrainer
+from .peer import PeerTrainer
 from .shapes import Shape, lora_of, model_of, rows_of, training_of
 
 
@@ -33,8 +34,9 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "anchor every 8": dict(anchor_coef=1.0, anchor_every=8),
     "replay, 1 row": {},
     "KL, as many rows": dict(alignment_coef=0.0, anchor_coef=1.0, anchor_every=1),
+    "alignment-risk": {},
 }
-SFT_ONLY = ("replay, 1 row",)
+SFT_ONLY = {"replay, 1 row": ReplayTrainer, "alignment-risk": PeerTrainer}
 
 
 class Baton(TrainerCallback):
@@ -70,8 +72,10 @@ def build(name: str, shape: Shape, kind: str, steps: int, folder: str, *callback
     rows = alignment_dataset() if shape.config is None else rows_of(shape)
     if name in ("TRL", *SFT_ONLY):
         plain, config = (DPOTrainer, DPOConfig) if kind == "dpo" else (SFTTrainer, SFTConfig)
-        trainer = (ReplayTrainer if name in SFT_ONLY else plain)(model_of(shape), config(**common), **data)
-        if name in SFT_ONLY:
+        trainer = SFT_ONLY.get(name, plain)(model_of(shape), config(**common), **data)
+        if isinstance(trainer, PeerTrainer):
+            trainer.prepare(rows.select(range(32)), shape.length)
+        if isinstance(trainer, ReplayTrainer):
             trainer.replay_rows = [tokenize_row(r, load_tokenizer(), shape.length) for r in select_rows(rows, 32, 0)]
     else:
         ours, config = (AGLDPOTrainer, AGLDPOConfig) if kind == "dpo" else (AGLSFTTrainer, AGLSFTConfig)
