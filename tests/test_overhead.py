@@ -50,10 +50,13 @@ def test_rows_fill_the_sequence(kind):
 
 
 def test_tables_are_written(tmp_path):
-    overhead.main(steps=2, only="penalty", parts="time,memory,fisher", rows=4, rounds=1, output_dir=tmp_path)
+    parts = "time,memory,fisher,waits"
+    overhead.main(steps=2, only="penalty", parts=parts, rows=4, rounds=1, output_dir=tmp_path)
     found = json.loads((tmp_path / "embedded-sft.json").read_text())
     assert [line["variant"] for line in found["time"]] == ["TRL", "penalty"] and found["time"][0]["high"] == 1
     assert found["memory"][0]["peak MB"] > 100 and 0.8 < found["memory"][1]["ratio of peak memory"] < 1.3
+    (theirs, ours) = ({**line, "variant": ""} for line in found["waits"])
+    assert theirs == ours, "a step of the penalty waits for the device as often as TRL's"
     assert found["fisher"][0]["file MB"] < found["fisher"][1]["file MB"]
     assert "| penalty |" in (tmp_path / "embedded-sft.md").read_text()
 

@@ -27,14 +27,16 @@ from .memory import apart
 from .peer import installed
 from .shapes import SHAPES
 from .turns import SFT_ONLY, VARIANTS, step_ratios
+from .waits import waits_per_step
 
 
-PARTS = ("time", "memory", "fisher", "growth")
+PARTS = ("time", "memory", "fisher", "growth", "waits")
 TITLES = {
     "time": "Step time relative to TRL: median over steps taken in turns, 95 % bootstrap interval",
     "memory": "Peak memory of a whole run, Fisher pass included, relative to TRL: each in a process of its own",
     "fisher": "Fisher pass relative to an SFT epoch over the same rows",
     "growth": "Fitted exponents of growth: 1 is proportional",
+    "waits": "Calls per step that wait for the device",
 }
 
 
@@ -74,8 +76,10 @@ def main(
             results[part] = memory_ratios(names, shape, kind, repeats=rounds)
         elif part == "fisher":
             results[part] = pass_ratios(shape, rows, rounds)
-        else:
+        elif part == "growth":
             results[part] = growth(repeats=20)
+        else:
+            results[part] = waits_per_step(names, SHAPES[shape], kind)
     threads = "one GPU" if SHAPES[shape].accelerator else f"{torch.get_num_threads()} CPU threads"
     text = [f"# Overhead: {shape}, {kind.upper()}, {threads}, torch {torch.__version__}"]
     text += [f"## {TITLES[part]}\n\n{table(lines)}" for part, lines in results.items()]
