@@ -32,11 +32,11 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "all with 32 rows of the overlap": ALL | dict(collision_rows=32),
     "all": ALL,
     "anchor every 8": dict(anchor_coef=1.0, anchor_every=8),
-    "replay, 1 row": {},
-    "KL, as many rows": dict(alignment_coef=0.0, anchor_coef=1.0, anchor_every=1),
+    "replay of 1 row": {},
+    "KL on as many rows": dict(alignment_coef=0.0, anchor_coef=1.0, anchor_every=1),
     "alignment-risk": {},
 }
-SFT_ONLY = {"replay, 1 row": ReplayTrainer, "alignment-risk": PeerTrainer}
+SFT_ONLY = {"replay of 1 row": ReplayTrainer, "alignment-risk": PeerTrainer}
 
 
 class Baton(TrainerCallback):
