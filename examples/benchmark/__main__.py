@@ -26,7 +26,8 @@ from agl_trl.miniworld import TASKS
 from .methods import CORE, METHODS, QUICK
 from .protocols import PROTOCOLS, trained_alike
 from .report import write_report
-from .run import aligned, quiet, run_one, save_yardstick, start_worker
+from .run import aligned, quiet, run_one, start_worker
+from .setting import published_statistics
 
 
 STEPS = 150
@@ -79,7 +80,7 @@ def main(
         ProcessPoolExecutor(workers, context, start_worker, max_tasks_per_child=1) as pool,
     ):
         if plan:
-            pool.submit(save_yardstick, output_dir).result()
+            pool.submit(published_statistics, output_dir).result()
         fresh = [name for name in chosen_protocols if not _aligned(output_dir, name).exists()]
         for name, line in zip(fresh, pool.map(aligned, fresh), strict=True):
             write_atomically(_aligned(output_dir, name), (json.dumps(line, indent=1) + "\n").encode())

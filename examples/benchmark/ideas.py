@@ -26,7 +26,7 @@ def layer_importance(coef: float) -> Callable[[Setting], SFTTrainer]:
     """
 
     def make(setting: Setting) -> SFTTrainer:
-        path = published_statistics(setting.folder, setting.tokenizer)
+        path = published_statistics(setting.folder)
         statistics = FisherStatistics.from_pretrained(path)
         model = get_peft_model(load_model(), LoraConfig(**LORA))
         both = estimate_fisher(model, alignment_dataset(), setting.tokenizer, damping=0.5, progress=False)
@@ -79,7 +79,7 @@ class ProximalTrainer(SFTTrainer):
 def proximal(coef: float) -> Callable[[Setting], SFTTrainer]:
     def make(setting: Setting) -> SFTTrainer:
         trainer = build(ProximalTrainer, SFTConfig(**common(setting)), setting)
-        trainer.statistics = FisherStatistics.from_pretrained(published_statistics(setting.folder, setting.tokenizer))
+        trainer.statistics = FisherStatistics.from_pretrained(published_statistics(setting.folder))
         trainer.coef = coef
         return trainer
 

@@ -47,7 +47,7 @@ def agl(**options: Any) -> Callable[[Setting], SFTTrainer]:
         if options.get("anchor_coef", 0) > 0 or options.get("variant") == "paper" or "fisher_damping" in options:
             data = dict(alignment_dataset=alignment_dataset())
             return build(trainer_class, config_class(**common(setting, **options)), setting, **data)
-        path = published_statistics(setting.folder, setting.tokenizer)
+        path = published_statistics(setting.folder)
         return build(trainer_class, config_class(**common(setting, fisher_path=str(path), **options)), setting)
 
     return make
@@ -57,7 +57,7 @@ def l2(coef: float) -> Callable[[Setting], SFTTrainer]:
     """Plain shrinkage `‖ΔW‖²_Frob / ‖W‖²_Frob`: the same penalty with the identity for a metric."""
 
     def make(setting: Setting) -> SFTTrainer:
-        path = published_statistics(setting.folder, setting.tokenizer)
+        path = published_statistics(setting.folder)
         statistics = FisherStatistics.from_pretrained(path)
         for name, X in statistics.inputs.items():
             ones = torch.ones_like(X.eigenvalues)

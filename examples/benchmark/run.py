@@ -15,15 +15,12 @@ from transformers.utils import logging
 from agl_trl import FisherStatistics
 from agl_trl.demo import evaluate, heldout_prompts
 from agl_trl.drift import DriftReport
-from agl_trl.estimation import estimate_fisher
-from agl_trl.miniworld import alignment_dataset, load_model, load_tokenizer
+from agl_trl.miniworld import load_model, load_tokenizer
 
 from .lookahead import prefixed
-from .methods import METHODS, Setting
+from .methods import METHODS
 from .protocols import PROTOCOLS, attack, test_rows, training_rows
-
-
-YARDSTICK = "yardstick"
+from .setting import PUBLISHED, Setting
 
 
 def start_worker() -> None:
@@ -43,6 +40,7 @@ def run_one(protocols: tuple[str, ...], method: str, seed: int, steps: int, fold
     tokenizer, prompts, rule = load_tokenizer(), heldout_prompts(), PROTOCOLS[protocols[0]]
     scratch = folder / "scratch" / f"{protocols[0]}-{method}-{seed}"
     shutil.rmtree(scratch, ignore_errors=True)
+    shutil.copytree(folder / PUBLISHED, scratch / PUBLISHED)
     train = training_rows(rule, seed, steps * 16)
     reset_peak()
     setting = Setting(scratch, seed, steps, tokenizer, train, rule.preferences, len(rule.tasks) > 1)
@@ -56,7 +54,7 @@ def run_one(protocols: tuple[str, ...], method: str, seed: int, steps: int, fold
     kept = None if budget is None else trainer.drift_report().mean_relative_drift <= budget
     test = test_rows(rule)
     expected = test.map(prefixed) if METHODS[method].prefixed else test
-    yardstick = FisherStatistics.from_pretrained(folder / YARDSTICK)
+    yardstick = FisherStatistics.from_pretrained(folder / PUBLISHED)
     lines = []
     for protocol in protocols:
         if PROTOCOLS[protocol].attack:
@@ -74,12 +72,6 @@ def aligned(protocol: str) -> dict:
     """Figures of the aligned model."""
     test = test_rows(PROTOCOLS[protocol])
     return vars(evaluate("aligned", 0, load_model(), load_tokenizer(), heldout_prompts(), test, progress=False)[1])
-
-
-def save_yardstick(folder: Path) -> None:
-    """What the relative drift of every run is measured with: the statistics of all alignment rows, whatever the method had."""
-    statistics = estimate_fisher(load_model(), alignment_dataset(), load_tokenizer(), progress=False)
-    statistics.save_pretrained(folder / YARDSTICK)
 
 
 def reset_peak() -> None:

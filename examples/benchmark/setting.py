@@ -15,11 +15,12 @@ from agl_trl import AGLDPOConfig, AGLDPOTrainer, AGLSFTConfig, AGLSFTTrainer, es
 from agl_trl.data import AlignmentBatch
 from agl_trl.demo import LORA, TRAINING
 from agl_trl.lora import guarded_layers
-from agl_trl.miniworld import alignment_dataset, load_model
+from agl_trl.miniworld import alignment_dataset, load_model, load_tokenizer
 
 
 # Pairs of a right and a useless answer; with the likelihood of the right one in the loss, as is usual, or nothing is learned.
 DPO = dict(loss_type=["sigmoid", "sft"], loss_weights=[1.0, 1.0], per_device_train_batch_size=8)
+PUBLISHED = "published"
 
 
 @dataclass
@@ -89,7 +90,9 @@ def adapted(model: PreTrainedModel, updates: dict[str, tuple[Tensor, Tensor]]) -
     return model.eval()
 
 
-def published_statistics(folder: Path, tokenizer: PreTrainedTokenizerBase) -> Path:
-    model = get_peft_model(load_model(), LoraConfig(**LORA))
-    estimate_fisher(model, alignment_dataset(), tokenizer, progress=False).save_pretrained(folder / "published")
-    return folder / "published"
+def published_statistics(folder: Path) -> Path:
+    """What the model's owner has published: in a comparison the same for all runs and put there before, else estimated here."""
+    path = folder / PUBLISHED
+    if not path.exists():
+        estimate_fisher(load_model(), alignment_dataset(), load_tokenizer(), progress=False).save_pretrained(path)
+    return path

@@ -47,9 +47,11 @@ class Baton(TrainerCallback):
 
     def __init__(self, mine: threading.Semaphore, following: threading.Semaphore) -> None:
         self.mine, self.following = mine, following
+        self.ready = threading.Event()
         self.seconds: list[float] = []
 
     def on_step_begin(self, args, state, control, **kwargs):
+        self.ready.set()
         self.mine.acquire()
         self.start = time.perf_counter()
 
@@ -93,8 +95,13 @@ def step_seconds(names: list[str], shape: Shape, kind: str, steps: int) -> dict[
     with tempfile.TemporaryDirectory() as folder:
         trainers = [build(name, shape, kind, steps + 2, f"{folder}/{i}", batons[i]) for i, name in enumerate(names)]
         with ThreadPoolExecutor(len(trainers)) as pool:
-            # All get ready at once; at the first step each waits for its turn.
-            running = [pool.submit(trainer.train) for trainer in trainers]
+            running = []
+            for trainer, baton in zip(trainers, batons, strict=True):
+                running.append(pool.submit(trainer.train))
+                # One at a time gets ready for its first step, where it waits for its turn.
+                while not baton.ready.wait(timeout=1):
+                    if running[-1].done():
+                        running[-1].result()  # raises what has ended it
             turns[0].release()
             for future in running:
                 future.result()
