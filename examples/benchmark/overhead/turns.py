@@ -1,5 +1,7 @@
 """Step times of trainers that take turns, step by step, in one process."""
 
+import ctypes
+import sys
 import tempfile
 import threading
 import time
@@ -36,6 +38,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "KL on as many rows": dict(alignment_coef=0.0, anchor_coef=1.0, anchor_every=1),
     "alignment-risk": {},
 }
+M_ARENA_MAX = -8  # of malloc.h
 SFT_ONLY = {"replay of 1 row": ReplayTrainer, "alignment-risk": PeerTrainer}
 
 
@@ -88,8 +91,15 @@ def build(name: str, shape: Shape, kind: str, steps: int, folder: str, *callback
     return trainer
 
 
+def share_arena() -> None:
+    """Let all threads allocate from one arena (glibc): else each keeps for itself what its trainer's last step has freed."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).mallopt(M_ARENA_MAX, 1)
+
+
 def step_seconds(names: list[str], shape: Shape, kind: str, steps: int) -> dict[str, list[float]]:
     """Seconds of every step of all variants, taken in turns; the first two of each warm up."""
+    share_arena()
     turns = [threading.Semaphore(0) for _ in names]
     batons = [Baton(mine, following) for mine, following in zip(turns, turns[1:] + turns[:1], strict=True)]
     with tempfile.TemporaryDirectory() as folder:
