@@ -38,7 +38,8 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "KL on as many rows": dict(alignment_coef=0.0, anchor_coef=1.0, anchor_every=1),
     "alignment-risk": {},
 }
-M_ARENA_MAX = -8  # of malloc.h
+M_TRIM_THRESHOLD, M_MMAP_MAX, M_ARENA_MAX = -1, -4, -8  # of malloc.h
+PROTECTED_ROWS = 8  # a few: no step depends on their number
 SFT_ONLY = {"replay of 1 row": ReplayTrainer, "alignment-risk": PeerTrainer}
 
 
@@ -79,27 +80,34 @@ def build(name: str, shape: Shape, kind: str, steps: int, folder: str, *callback
         plain, config = (DPOTrainer, DPOConfig) if kind == "dpo" else (SFTTrainer, SFTConfig)
         trainer = SFT_ONLY.get(name, plain)(model_of(shape), config(**common), **data)
         if isinstance(trainer, PeerTrainer):
-            trainer.prepare(rows.select(range(32)), shape.length)
+            trainer.prepare(rows.select(range(PROTECTED_ROWS)), shape.length)
         if isinstance(trainer, ReplayTrainer):
-            trainer.replay_rows = [tokenize_row(r, load_tokenizer(), shape.length) for r in select_rows(rows, 32, 0)]
+            trainer.replay_rows = [
+                tokenize_row(r, load_tokenizer(), shape.length) for r in select_rows(rows, PROTECTED_ROWS, 0)
+            ]
     else:
         ours, config = (AGLDPOTrainer, AGLDPOConfig) if kind == "dpo" else (AGLSFTTrainer, AGLSFTConfig)
         options = VARIANTS[name] | (dict(anchor_batch_size=shape.batch) if name.startswith("KL") else {})
-        args = config(**common, **options, fisher_num_samples=32, fisher_batch_size=shape.batch)
+        args = config(**common, **options, fisher_num_samples=PROTECTED_ROWS, fisher_batch_size=shape.batch)
         trainer = ours(model_of(shape), args, alignment_dataset=rows, **data)
     trainer.remove_callback(PrinterCallback)
     return trainer
 
 
-def share_arena() -> None:
-    """Let all threads allocate from one arena (glibc): else each keeps for itself what its trainer's last step has freed."""
+def keep_memory() -> None:
+    """
+    Let all threads allocate from one arena (glibc) that gives nothing back: else each keeps for itself what its trainer's last
+    step has freed, or the one whose turn follows pays for pages that were given back and must be asked for again.
+    """
     if sys.platform == "linux":
-        ctypes.CDLL(None).mallopt(M_ARENA_MAX, 1)
+        mallopt = ctypes.CDLL(None).mallopt
+        for parameter, value in ((M_ARENA_MAX, 1), (M_MMAP_MAX, 0), (M_TRIM_THRESHOLD, -1)):
+            mallopt(parameter, value)
 
 
 def step_seconds(names: list[str], shape: Shape, kind: str, steps: int) -> dict[str, list[float]]:
     """Seconds of every step of all variants, taken in turns; the first two of each warm up."""
-    share_arena()
+    keep_memory()
     turns = [threading.Semaphore(0) for _ in names]
     batons = [Baton(mine, following) for mine, following in zip(turns, turns[1:] + turns[:1], strict=True)]
     with tempfile.TemporaryDirectory() as folder:
