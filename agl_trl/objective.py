@@ -6,7 +6,6 @@ from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.utils.checkpoint import checkpoint
 
 from .collision import FrozenWeights, geodesic_separation, riemannian_overlap
 from .decomposition import Update, critical_inner, critical_mask, inner, project, subtract
@@ -158,12 +157,7 @@ class AlignGuardObjective:
         """
         sums: dict[str, Tensor] = {}
         for stack in self.stacks:
-            if self.coefficients.complete:
-                # This runs where the model's activations are at their peak: one group's tensors at a time, in both directions.
-                found = checkpoint(self._terms, stack, factors, step, use_reentrant=False, preserve_rng_state=False)
-            else:
-                found = self._terms(stack, factors, step)
-            for name, values in found.items():
+            for name, values in self._terms(stack, factors, step).items():
                 total = values.sum().to(self.device)
                 sums[name] = sums[name] + total if name in sums else total
         terms = {name: total / self.num_layers for name, total in sums.items()}
