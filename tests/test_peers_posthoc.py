@@ -13,7 +13,7 @@ from examples.benchmark.salora import output_directions
 from examples.benchmark.splora import ediem
 
 
-NAMES = ["lora", "safe-lora", "safe-lora-exact", "splora", "splora-cosine", "lox", "salora"]
+NAMES = ["lora", "safe-lora", "safe-lora-exact", "splora", "splora-cosine", "lox"]
 
 
 @pytest.fixture(scope="module")
@@ -151,11 +151,15 @@ def same_function(first, second) -> None:
     torch.testing.assert_close(*logits, atol=1e-4, rtol=1e-4)
 
 
-def test_salora_starts_as_the_aligned_model_and_stays_out_of_the_safety_subspace(trained, tmp_path):
+def test_salora_starts_as_the_aligned_model_and_stays_out_of_the_safety_subspace(tmp_path):
     setting = Setting(tmp_path, 0, 4, load_tokenizer(), task_dataset("steps").select(range(64)))
     start, aligned = METHODS["salora"].make(setting), load_model()
     same_function(start.model, aligned)
-    weights, ours = linear_layers(aligned), updates(trained["salora"])
+    # Steps enough for an update that stands well above the rounding of the weights whose difference it is.
+    setting = Setting(tmp_path / "trained", 0, 16, load_tokenizer(), task_dataset("steps").select(range(64)))
+    after = METHODS["salora"].make(setting)
+    after.train()
+    weights, ours = linear_layers(aligned), updates(after)
     for layer in guarded_layers(start.model):
         A, CB, s = layer.current
         V = layer.module.lora_B["default"].parametrizations.weight[0].V.double()
