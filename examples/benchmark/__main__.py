@@ -31,7 +31,7 @@ from .setting import published_statistics
 
 
 STEPS = 150
-SECONDS_PER_STEP = 0.14  # of a run on one thread, evaluation included
+SECONDS_PER_STEP = 0.18  # of a run on one thread, evaluation included
 
 
 def main(
