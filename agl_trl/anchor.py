@@ -7,8 +7,8 @@ from peft import PeftModel
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from .behaviour import evaluating
-from .data import AlignmentBatch, AlignmentRow, batches
+from .behaviour import answer_logits, evaluating
+from .data import AlignmentRow, batches
 
 
 TOP_K = 32
@@ -62,9 +62,9 @@ class Anchor:
         self.references: dict[int, _Reference] = {}
         with evaluating(model), torch.no_grad():
             for batch in batches(rows, 8, pad_token_id, next(model.parameters()).device):
-                logits = _logits(model, batch)
+                logits, mask = answer_logits(model, batch)
                 for line, index in enumerate(batch.indices):
-                    log_probs = logits[line, batch.answer_mask[line]].float().log_softmax(-1)
+                    log_probs = logits[line, mask[line]].float().log_softmax(-1)
                     top = log_probs.topk(min(TOP_K, log_probs.shape[-1]))
                     self.references[index] = _Reference(top.indices, top.values)
 
@@ -81,18 +81,14 @@ class Anchor:
         indices = [self.order[(start + i) % len(self.order)] for i in range(self.batch_size)]
         chosen = [self.rows[i] for i in indices]
         (batch,) = batches(chosen, len(chosen), self.pad_token_id, next(model.parameters()).device)
-        logits = _logits(model, batch)
+        logits, mask = answer_logits(model, batch)
         total, count = torch.zeros((), device=logits.device), 0
         for line, position in enumerate(batch.indices):
             reference = self.references[indices[position]]
-            tuned = logits[line, batch.answer_mask[line]].float().log_softmax(-1)
+            tuned = logits[line, mask[line]].float().log_softmax(-1)
             total = total + _top_kl(reference, tuned).sum()
             count += len(tuned)
         return total / count
-
-
-def _logits(model: PreTrainedModel | PeftModel, batch: AlignmentBatch) -> Tensor:
-    return model(input_ids=batch.input_ids, attention_mask=batch.attention_mask, use_cache=False).logits
 
 
 def _top_kl(reference: _Reference, log_probs: Tensor) -> Tensor:

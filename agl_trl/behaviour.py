@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from inspect import signature
 from typing import Any
 
 import torch
@@ -12,7 +13,7 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from .data import batches, pad_token_id, tokenize_row
+from .data import AlignmentBatch, batches, pad_token_id, tokenize_row
 from .lora import packs_in_eval_mode
 
 
@@ -45,6 +46,23 @@ def input_device(model: nn.Module) -> torch.device:
     """Where the inputs of a model go; one whose weights are offloaded (and here are empty) moves them itself."""
     device = next(model.parameters()).device
     return PartialState().device if device.type == "meta" else device
+
+
+def answer_logits(model: PreTrainedModel | PeftModel, batch: AlignmentBatch) -> tuple[Tensor, Tensor]:
+    """
+    Logits of the columns in which any row of a batch has answer tokens, of shape `(batch, columns, vocabulary)`, and which of
+    them are that row's, boolean, of shape `(batch, columns)`. With large vocabularies those of all columns are gigabytes.
+    """
+    columns = batch.answer_mask.any(0).nonzero().squeeze(1)
+    fewer = {"logits_to_keep": columns} if takes_logits_to_keep(model) else {}
+    logits = model(input_ids=batch.input_ids, attention_mask=batch.attention_mask, use_cache=False, **fewer).logits
+    return logits if fewer else logits[:, columns.to(logits.device)], batch.answer_mask[:, columns]
+
+
+def takes_logits_to_keep(model: PreTrainedModel | PeftModel) -> bool:
+    """Whether the model can be asked for the logits of a few columns."""
+    base = model.get_base_model() if isinstance(model, PeftModel) else model
+    return "logits_to_keep" in signature(base.forward).parameters
 
 
 def prompt_text(prompt: Messages) -> str:

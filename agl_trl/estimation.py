@@ -1,7 +1,6 @@
 """Estimating the Fisher statistics of an aligned model: one pass over alignment rows, hooks on linear layers."""
 
 import hashlib
-import inspect
 from collections.abc import Sequence
 from importlib.metadata import version
 from os import PathLike
@@ -16,7 +15,7 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from .behaviour import answered_by, evaluating, input_device
+from .behaviour import answer_logits, answered_by, evaluating, input_device, takes_logits_to_keep
 from .collector import Collector
 from .data import (
     AlignmentBatch,
@@ -202,8 +201,7 @@ def run_batch(
         _backward(model, batch, fisher_type, seed)
     else:
         # No logits are read, and with large vocabularies they are most of the memory and a good part of the time.
-        base = model.get_base_model() if isinstance(model, PeftModel) else model
-        fewer = {"logits_to_keep": 1} if "logits_to_keep" in inspect.signature(base.forward).parameters else {}
+        fewer = {"logits_to_keep": 1} if takes_logits_to_keep(model) else {}
         with torch.no_grad():
             model(input_ids=batch.input_ids, attention_mask=batch.attention_mask, use_cache=False, **fewer)
 
@@ -220,14 +218,14 @@ def _backward(model: PreTrainedModel | PeftModel, batch: AlignmentBatch, fisher_
     handle = embeddings.register_forward_hook(leaf)
     try:
         with torch.enable_grad():
-            logits = model(input_ids=batch.input_ids, attention_mask=batch.attention_mask, use_cache=False).logits
+            logits, mask = answer_logits(model, batch)
             # Every row draws from its own generator, so that batching and sharding change nothing.
-            objective = 0.0 * logits[0, 0].float().sum()  # of a batch in which no row counts
+            objective = logits[:, :0].float().sum()  # zero, also of a batch in which no row counts
             for line, index in enumerate(batch.indices):
                 positions = batch.answer_mask[line].nonzero().squeeze(1)
                 generator = torch.Generator().manual_seed(seed * 1_000_003 + index)
                 labels = batch.input_ids[line, positions + 1]
-                objective = objective + _objective(logits[line, positions].float(), labels, fisher_type, generator)
+                objective = objective + _objective(logits[line, mask[line]].float(), labels, fisher_type, generator)
         torch.autograd.grad(objective, embedded[0])
     finally:
         handle.remove()

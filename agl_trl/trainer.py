@@ -24,6 +24,7 @@ from .estimation import estimate_fisher
 from .fisher import FisherStatistics
 from .guard import Guard, build_anchor, coefficients_of, settings_of
 from .lora import GuardedLayer, at_reference, guarded_layers, linear_layers, trained_outside_lora
+from .memory import give_back
 from .preflight import check_arguments, check_run
 from .publishing import PublishingMixin
 from .resume import checkpoint_state, checkpoint_statistics
@@ -149,6 +150,7 @@ class _AlignGuardMixin(PublishingMixin):
                 anchor = build_anchor(self.args, self.model, self._tokenizer, self.alignment_dataset)
         assert self.statistics is not None
         self._guard = Guard(self.args, self._guarded, self.statistics, task_statistics, anchor, multiplier)
+        give_back()  # what the passes over the rows have freed
 
     def _estimate(self, dataset: Dataset | IterableDataset | Sequence[dict[str, Any]]) -> FisherStatistics:
         args = self.args

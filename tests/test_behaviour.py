@@ -1,14 +1,19 @@
 """Answers and likelihoods: batching changes nothing, an adapter that does nothing changes nothing."""
 
+import platform
+
 import pytest
 import torch
 from datasets import Dataset
 
-from agl_trl.behaviour import answer_nll, generate_answers
+from agl_trl.behaviour import answer_logits, answer_nll, generate_answers
 from agl_trl.comparison import measure_behaviour
+from agl_trl.data import batches, pad_token_id, tokenize_row
 from agl_trl.lora import guarded_layers
+from agl_trl.memory import give_back
 from agl_trl.pair import Pair
 from agl_trl.probes import first_token_kl
+from examples.benchmark.run import resident
 
 from .models import adapted, probe_prompts, tiny_model
 
@@ -42,6 +47,30 @@ def test_likelihood_equals_the_models_own_loss(tokenizer, prompts):
     labels[0, :start] = -100
     expected = model(input_ids=ids, labels=labels).loss.item()
     assert answer_nll(model, tokenizer, [row])[0].item() == pytest.approx(expected, rel=1e-5)
+
+
+def test_logits_are_those_of_the_answers_and_no_others_are_made(tokenizer, prompts):
+    model = adapted(0.5).eval()
+    rows = [tokenize_row(prompts[i], tokenizer, None) for i in (0, 2, 5)]
+    (batch,) = batches(rows, 3, pad_token_id(tokenizer), torch.device("cpu"))
+    made = []
+    handle = model.get_output_embeddings().register_forward_hook(lambda *args: made.append(args[-1].shape[1]))
+    with handle, torch.no_grad():
+        logits, mask = answer_logits(model, batch)
+        full = model(input_ids=batch.input_ids, attention_mask=batch.attention_mask).logits
+    torch.testing.assert_close(logits[mask], full[batch.answer_mask])
+    assert mask.sum() == batch.answer_mask.sum() and made == [mask.shape[1], batch.input_ids.shape[1]]
+    assert made[0] < made[1]
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="only glibc can be asked to give memory back")
+def test_memory_of_a_pass_is_given_back():
+    blocks = [torch.ones(2**14) for _ in range(4000)]  # 250 MB in blocks that are not mapped one by one
+    kept = blocks[::100]
+    del blocks
+    held = resident("VmRSS")
+    give_back()
+    assert held - resident("VmRSS") > 200e6 and all(block.sum() == 2**14 for block in kept)
 
 
 def test_an_adapter_that_does_nothing_changes_nothing(tokenizer, prompts):

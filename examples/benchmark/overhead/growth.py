@@ -1,8 +1,6 @@
 """How cost and size of the protection grow with rank, depth and width: exponents of power laws fitted on a log scale."""
 
 import tempfile
-import time
-from statistics import median
 from typing import Any
 
 import numpy as np
@@ -16,6 +14,7 @@ from agl_trl.miniworld import alignment_dataset, load_tokenizer
 
 from .fisher import saved_bytes
 from .shapes import llama
+from .turns import work_seconds
 
 
 BASE = dict(rank=16, layers=4, width=512)
@@ -38,17 +37,6 @@ def guard_of(rank: int, layers: int, width: int, rows: int = 8, **options: Any) 
     return Guard(args, guarded, statistics), statistics
 
 
-def penalty_seconds(guard: Guard, repeats: int) -> float:
-    """Seconds of the penalty of one step and its gradient."""
-    parameters = [parameter for layer in guard.layers for parameter in layer.parameters]
-    seconds = []
-    for step in range(repeats + 1):
-        start = time.perf_counter()
-        torch.autograd.grad(guard.terms(step)["penalty"], parameters)
-        seconds.append(time.perf_counter() - start)
-    return median(seconds[1:])
-
-
 def growth(repeats: int, sweeps: dict[str, tuple[int, ...]] = SWEEPS) -> list[dict[str, Any]]:
     """Per quantity and per rank, layers, width the fitted exponent: 1 is proportional, 0 does not grow."""
     lines = []
@@ -57,7 +45,7 @@ def growth(repeats: int, sweeps: dict[str, tuple[int, ...]] = SWEEPS) -> list[di
         for value in values:
             guard, statistics = guard_of(**BASE | {axis: value})
             parameters = [parameter for layer in guard.layers for parameter in layer.parameters]
-            found["penalty, seconds"].append(penalty_seconds(guard, repeats))
+            found["penalty, seconds"].append(work_seconds(guard, repeats))
             found["statistics, bytes"].append(saved_bytes(statistics))
             found["adapter, bytes"].append(sum(p.numel() * p.element_size() for p in parameters))
         exponents = {name: float(np.polyfit(np.log(values), np.log(y), 1)[0]) for name, y in found.items()}

@@ -3,19 +3,21 @@
 import ctypes
 import sys
 import tempfile
-import threading
 import time
-from concurrent.futures import ThreadPoolExecutor
+from statistics import median
 from typing import Any
 
 import numpy as np
 import torch
+from greenlet import getcurrent, greenlet
 from peft import LoraConfig
+from tqdm.auto import tqdm
 from transformers import PrinterCallback, TrainerCallback
 from trl import DPOConfig, DPOTrainer, SFTConfig, SFTTrainer
 
 from agl_trl import AGLDPOConfig, AGLDPOTrainer, AGLSFTConfig, AGLSFTTrainer
 from agl_trl.data import select_rows, tokenize_row
+from agl_trl.guard import Guard
 from agl_trl.miniworld import alignment_dataset, load_tokenizer
 
 from ..methods import ReplayTrainer
@@ -23,10 +25,12 @@ from .peer import PeerTrainer
 from .shapes import Shape, lora_of, model_of, rows_of, training_of
 
 
-# Options of AGL. "TRL" is its own trainer, what everything is relative to; replay and KL are what people would take instead.
+# Options of AGL. "TRL" is its own trainer, what everything is relative to, and "TRL again" the same once more: how far it is
+# from 1 is the error of the measurement. Replay and KL are what people would take instead.
 ALL = dict(alignment_coef=3.0, collision_coef=0.1)
 VARIANTS: dict[str, dict[str, Any]] = {
     "TRL": {},
+    "TRL again": {},
     "penalty": dict(alignment_coef=3.0),
     "budget (default)": {},
     "two weights": dict(alignment_coef=3.0, task_coef=1.0),
@@ -38,32 +42,29 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "KL on as many rows": dict(alignment_coef=0.0, anchor_coef=1.0, anchor_every=1),
     "alignment-risk": {},
 }
-M_TRIM_THRESHOLD, M_MMAP_MAX, M_ARENA_MAX = -1, -4, -8  # of malloc.h
+M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # of malloc.h
 PROTECTED_ROWS = 8  # a few: no step depends on their number
 SFT_ONLY = {"replay of 1 row": ReplayTrainer, "alignment-risk": PeerTrainer}
 
 
-class Baton(TrainerCallback):
+class Turn(TrainerCallback):
     """
-    Seconds of every optimizer step of one of several trainers that take turns, step by step: each trains in a thread of its
-    own, and only the one whose turn it is runs. What the machine does meanwhile then meets all of them alike.
+    Seconds of every optimizer step of one of several trainers that take turns, step by step: each trains in a greenlet of its
+    own and hands over before every step, to its parent. All run in one thread, with its one team of CPU threads, and what the
+    machine does meanwhile meets all of them alike.
     """
 
-    def __init__(self, mine: threading.Semaphore, following: threading.Semaphore) -> None:
-        self.mine, self.following = mine, following
-        self.ready = threading.Event()
+    def __init__(self) -> None:
         self.seconds: list[float] = []
 
     def on_step_begin(self, args, state, control, **kwargs):
-        self.ready.set()
-        self.mine.acquire()
+        getcurrent().parent.switch()
         self.start = time.perf_counter()
 
     def on_step_end(self, args, state, control, **kwargs):
         if torch.cuda.is_available():
             torch.cuda.synchronize()
         self.seconds.append(time.perf_counter() - self.start)
-        self.following.release()
 
 
 def build(name: str, shape: Shape, kind: str, steps: int, folder: str, *callbacks: TrainerCallback) -> SFTTrainer:
@@ -76,7 +77,7 @@ def build(name: str, shape: Shape, kind: str, steps: int, folder: str, *callback
         callbacks=list(callbacks),
     )
     rows = alignment_dataset() if shape.config is None else rows_of(shape)
-    if name in ("TRL", *SFT_ONLY):
+    if name in ("TRL", "TRL again", *SFT_ONLY):
         plain, config = (DPOTrainer, DPOConfig) if kind == "dpo" else (SFTTrainer, SFTConfig)
         trainer = SFT_ONLY.get(name, plain)(model_of(shape), config(**common), **data)
         if isinstance(trainer, PeerTrainer):
@@ -95,40 +96,60 @@ def build(name: str, shape: Shape, kind: str, steps: int, folder: str, *callback
 
 
 def keep_memory() -> None:
-    """
-    Let all threads allocate from one arena (glibc) that gives nothing back: else each keeps for itself what its trainer's last
-    step has freed, or the one whose turn follows pays for pages that were given back and must be asked for again.
-    """
+    """Let malloc (glibc) give nothing back: else every step pays for pages that the step before has returned."""
     if sys.platform == "linux":
-        mallopt = ctypes.CDLL(None).mallopt
-        for parameter, value in ((M_ARENA_MAX, 1), (M_MMAP_MAX, 0), (M_TRIM_THRESHOLD, -1)):
-            mallopt(parameter, value)
+        for parameter, value in ((M_MMAP_MAX, 0), (M_TRIM_THRESHOLD, -1)):
+            ctypes.CDLL(None).mallopt(parameter, value)
 
 
-def step_seconds(names: list[str], shape: Shape, kind: str, steps: int) -> dict[str, list[float]]:
-    """Seconds of every step of all variants, taken in turns; the first two of each warm up."""
+def work_seconds(guard: Guard, repeats: int) -> float:
+    """Median seconds of what AGL does at a step beside the model: the terms, their gradient, and holding the budget."""
+    parameters = [parameter for layer in guard.layers for parameter in layer.parameters]
+    seconds = []
+    for step in range(repeats + 1):
+        start = time.perf_counter()
+        torch.autograd.grad(guard.terms(step)["penalty"], parameters, allow_unused=True)
+        guard.after_step()
+        if parameters[0].is_cuda:
+            torch.cuda.synchronize()
+        seconds.append(time.perf_counter() - start)
+    return median(seconds[1:])
+
+
+def step_seconds(
+    names: list[str], shape: Shape, kind: str, steps: int
+) -> tuple[dict[str, list[float]], dict[str, float]]:
+    """
+    Seconds of every step of all variants, taken in turns, each round begun by another one; the first two warm up. And of
+    AGL's variants the seconds of their own work at a step, at the weights they end at.
+    """
     keep_memory()
-    turns = [threading.Semaphore(0) for _ in names]
-    batons = [Baton(mine, following) for mine, following in zip(turns, turns[1:] + turns[:1], strict=True)]
+    turns = [Turn() for _ in names]
     with tempfile.TemporaryDirectory() as folder:
-        trainers = [build(name, shape, kind, steps + 2, f"{folder}/{i}", batons[i]) for i, name in enumerate(names)]
-        with ThreadPoolExecutor(len(trainers)) as pool:
-            running = []
-            for trainer, baton in zip(trainers, batons, strict=True):
-                running.append(pool.submit(trainer.train))
-                # One at a time gets ready for its first step, where it waits for its turn.
-                while not baton.ready.wait(timeout=1):
-                    if running[-1].done():
-                        running[-1].result()  # raises what has ended it
-            turns[0].release()
-            for future in running:
-                future.result()
-    return {name: baton.seconds[2:] for name, baton in zip(names, batons, strict=True)}
+        trainers = [
+            build(name, shape, kind, steps + 2, f"{folder}/{i}", turn)
+            for i, (name, turn) in enumerate(zip(names, turns, strict=True))
+        ]
+        running = [greenlet(trainer.train) for trainer in trainers]
+        for number in tqdm(range(-1, steps + 2), unit="round"):  # up to the first step, then step by step
+            first = number % len(running)
+            for run in running[first:] + running[:first]:
+                run.switch()
+    work = {
+        name: work_seconds(trainer._guard, repeats=5)
+        for name, trainer in zip(names, trainers, strict=True)
+        if isinstance(trainer, AGLSFTTrainer | AGLDPOTrainer)
+    }
+    return {name: turn.seconds[2:] for name, turn in zip(names, turns, strict=True)}, work
 
 
 def step_ratios(names: list[str], shape: Shape, kind: str, steps: int) -> list[dict[str, Any]]:
-    """Per variant the median ratio of step times to TRL's, over steps taken in turns, and its seeded bootstrap interval."""
-    seconds = {name: np.array(values) for name, values in step_seconds(names, shape, kind, steps).items()}
+    """
+    Per variant the median ratio of step times to TRL's, over steps taken in turns, and its seeded bootstrap interval; and
+    AGL's own work, timed alone, relative to TRL's median step.
+    """
+    taken, work = step_seconds(names, shape, kind, steps)
+    seconds = {name: np.array(values) for name, values in taken.items()}
     lines = []
     for name, values in seconds.items():
         ratios = values / seconds["TRL"]
@@ -143,5 +164,6 @@ def step_ratios(names: list[str], shape: Shape, kind: str, steps: int) -> list[d
                 "ms a step": float(1e3 * np.median(values)),
                 "steps": steps,
             }
+            | ({"own work": work[name] / float(np.median(seconds["TRL"]))} if name in work else {})
         )
     return lines
