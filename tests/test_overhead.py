@@ -61,6 +61,16 @@ def test_tables_are_written(tmp_path):
     assert "| penalty |" in (tmp_path / "embedded-sft.md").read_text()
 
 
+def test_dpo_takes_turns_too(tmp_path):
+    overhead.main(
+        kind="dpo", steps=2, only="TRL again,budget (default)", parts="time", rows=4, rounds=1, output_dir=tmp_path
+    )
+    lines = json.loads((tmp_path / "embedded-dpo.json").read_text())["time"]
+    assert (
+        [line["steps"] for line in lines] == [2, 2, 2] and 0 < lines[2]["own work"] < 1 and "own work" not in lines[1]
+    )
+
+
 def test_what_is_not_there_is_said(tmp_path):
     for wrong in (dict(shape="9b"), dict(only="magic"), dict(parts="cost"), dict(kind="ppo")):
         with pytest.raises(BadParameter):

@@ -79,7 +79,7 @@ def build(name: str, shape: Shape, kind: str, steps: int, folder: str, *callback
     rows = alignment_dataset() if shape.config is None else rows_of(shape)
     if name in ("TRL", "TRL again", *SFT_ONLY):
         plain, config = (DPOTrainer, DPOConfig) if kind == "dpo" else (SFTTrainer, SFTConfig)
-        trainer = SFT_ONLY.get(name, plain)(model_of(shape), config(**common), **data)
+        trainer = SFT_ONLY.get(name, plain)(model_of(shape), args=config(**common), **data)
         if isinstance(trainer, PeerTrainer):
             trainer.prepare(rows.select(range(PROTECTED_ROWS)), shape.length)
         if isinstance(trainer, ReplayTrainer):
@@ -90,7 +90,7 @@ def build(name: str, shape: Shape, kind: str, steps: int, folder: str, *callback
         ours, config = (AGLDPOTrainer, AGLDPOConfig) if kind == "dpo" else (AGLSFTTrainer, AGLSFTConfig)
         options = VARIANTS[name] | (dict(anchor_batch_size=shape.batch) if name.startswith("KL") else {})
         args = config(**common, **options, fisher_num_samples=PROTECTED_ROWS, fisher_batch_size=shape.batch)
-        trainer = ours(model_of(shape), args, alignment_dataset=rows, **data)
+        trainer = ours(model_of(shape), args=args, alignment_dataset=rows, **data)
     trainer.remove_callback(PrinterCallback)
     return trainer
 
