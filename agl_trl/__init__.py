@@ -7,22 +7,22 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
-    from .callback import DriftCallback
-    from .config import AGLDPOConfig, AGLSFTConfig
-    from .drift import DriftReport
-    from .estimation import estimate_fisher
-    from .fisher import FisherStatistics
-    from .trainer import AGLDPOTrainer, AGLSFTTrainer
+    from .drift.report import DriftReport
+    from .fisher.estimate import estimate_fisher
+    from .fisher.statistics import FisherStatistics
+    from .trainer.base import AGLDPOTrainer, AGLSFTTrainer
+    from .trainer.callback import DriftCallback
+    from .trainer.config import AGLDPOConfig, AGLSFTConfig
 
 _MODULES = {
-    "AGLDPOConfig": ".config",
-    "AGLDPOTrainer": ".trainer",
-    "AGLSFTConfig": ".config",
-    "AGLSFTTrainer": ".trainer",
-    "DriftCallback": ".callback",
-    "DriftReport": ".drift",
-    "FisherStatistics": ".fisher",
-    "estimate_fisher": ".estimation",
+    "AGLDPOConfig": ".trainer.config",
+    "AGLDPOTrainer": ".trainer.base",
+    "AGLSFTConfig": ".trainer.config",
+    "AGLSFTTrainer": ".trainer.base",
+    "DriftCallback": ".trainer.callback",
+    "DriftReport": ".drift.report",
+    "FisherStatistics": ".fisher.statistics",
+    "estimate_fisher": ".fisher.estimate",
 }
 
 __all__ = [

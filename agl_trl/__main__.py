@@ -1,6 +1,6 @@
 """`python -m agl_trl` is `agl-trl`."""
 
-from .cli import main
+from .cli.app import main
 
 
 main()

@@ -7,8 +7,7 @@ Fine-tune the embedded aligned model on a harmless task and keep its refusals. R
 from peft import LoraConfig
 
 from agl_trl import AGLSFTConfig, AGLSFTTrainer
-from agl_trl.demo import heldout_prompts
-from agl_trl.miniworld import alignment_dataset, load_model, load_tokenizer, task_dataset
+from agl_trl.miniworld import alignment_dataset, heldout_prompts, load_model, load_tokenizer, task_dataset
 
 
 trainer = AGLSFTTrainer(

@@ -16,8 +16,8 @@ import pytest
 from datasets import Dataset, disable_progress_bars
 from transformers import PreTrainedTokenizerFast
 
-from .hub_fixtures import hub, hub_thread, naps, online  # noqa: F401 - fixtures of every test
-from .models import byte_tokenizer, chat_rows
+from tests.helpers.hub_fixtures import hub, hub_thread, naps, online  # noqa: F401 - fixtures of every test
+from tests.helpers.models import byte_tokenizer, chat_rows
 
 
 disable_progress_bars()
@@ -41,7 +41,7 @@ def train_rows() -> Dataset:
 @pytest.fixture(scope="session")
 def demo_folder(tmp_path_factory) -> Path:
     """A demo of few steps: enough to move the model, not to judge by."""
-    from agl_trl.demo import run_demo
+    from agl_trl.experiments.demo import run_demo
 
     folder = tmp_path_factory.mktemp("demo")
     run_demo(folder, seeds=1, steps=25)

@@ -13,7 +13,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, get_args
 
-from .data import alignment_dataset, heldout_safe, heldout_unsafe, preference_dataset, task_dataset
+from .data import alignment_dataset, heldout_prompts, heldout_safe, heldout_unsafe, preference_dataset, task_dataset
 from .prompts import CATEGORIES, UNSEEN_CATEGORIES, XSTEST_TYPES
 from .tasks import TASKS
 
@@ -29,6 +29,7 @@ __all__ = [
     "CheckpointName",
     "alignment_dataset",
     "checkpoint_path",
+    "heldout_prompts",
     "heldout_safe",
     "heldout_unsafe",
     "load_model",

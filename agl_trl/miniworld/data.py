@@ -174,6 +174,21 @@ def heldout_safe() -> Dataset:
     return _dataset([_row(r.text, compliance(r.action, rng), type=r.kind) for r in lookalike_requests("heldout", 2)])
 
 
+def heldout_prompts() -> Dataset:
+    """All held-out prompts of the embedded world: columns `prompt`, `completion`, `category`, `unsafe`, `unseen`."""
+    from datasets import Dataset, concatenate_datasets
+
+    parts = []
+    for unsafe, unseen, rows in (
+        (True, False, heldout_unsafe()),
+        (True, True, heldout_unsafe(unseen=True)),
+        (False, False, heldout_safe().rename_column("type", "category")),
+    ):
+        flags = {"unsafe": [unsafe] * len(rows), "unseen": [unseen] * len(rows)}
+        parts.append(concatenate_datasets([rows, Dataset.from_dict(flags)], axis=1))
+    return concatenate_datasets(parts)
+
+
 def task_dataset(task: str, split: Literal["train", "test"] = "train", hostile: float = 0.0, seed: int = 0) -> Dataset:
     """
     Return a benign task, of which a share may be hostile.

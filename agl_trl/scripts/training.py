@@ -17,8 +17,8 @@ from trl import (
     get_quantization_config,
 )
 
-from ..config import AGLConfigMixin
-from ..data import READERS, load_rows
+from ..data.alignment import READERS, load_rows
+from ..trainer.config import AGLConfigMixin
 
 
 MINIWORLD = "miniworld"

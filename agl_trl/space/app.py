@@ -8,7 +8,7 @@ from typing import Any
 import gradio as gr
 from gradio.themes.utils.fonts import LocalFont
 
-from . import driftcaps_room, side_by_side_room
+from ..space import driftcaps_room, side_by_side_room
 from .drift_map import MEASURES, map_html
 from .endpoints import add_endpoints
 from .models import Model, Models

@@ -7,12 +7,13 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file, save_file
 
-from ..artifacts import ADAPTER_FILE, sha256
-from ..behaviour import generate_answers
-from ..demo import MAX_NEW_TOKENS, heldout_prompts, run_demo
-from ..drift import DriftReport
-from ..judges import StringJudge
-from ..loading import load_adapter, load_model
+from ..artifacts.files import ADAPTER_FILE, sha256
+from ..drift.report import DriftReport
+from ..evaluation.judges import StringJudge
+from ..experiments.demo import MAX_NEW_TOKENS, run_demo
+from ..miniworld import heldout_prompts
+from ..modeling.generation import generate_answers
+from ..modeling.loading import load_adapter, load_model
 from .models import ADAPTERS
 
 

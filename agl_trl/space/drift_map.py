@@ -4,9 +4,9 @@ import math
 from html import escape
 from typing import Any
 
-from ..artifacts import DRIFT_FILE, FOLDER, ArtifactError
-from ..drift import DriftReport
-from ..plots import block_of, grid_names, module_of
+from ..artifacts.files import DRIFT_FILE, FOLDER, ArtifactError
+from ..drift.plots import block_of, grid_names, module_of
+from ..drift.report import DriftReport
 from .models import Model, Side
 from .side_by_side import notice_html
 

@@ -12,9 +12,9 @@ from typing import Any
 
 from datasets import Dataset
 
-from ..comparison import Rate
-from ..judges import StringJudge
-from ..prompts import load_prompts, spread
+from ..data.prompts import load_prompts, spread
+from ..evaluation.behaviour import Rate
+from ..evaluation.judges import StringJudge
 from .models import Models, Side
 from .questions import LONGEST_ANSWER
 from .side_by_side import VERDICTS

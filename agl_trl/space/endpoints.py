@@ -5,7 +5,7 @@ from typing import Any
 
 import gradio as gr
 
-from . import drift_map, driftcaps_run, side_by_side
+from ..space import drift_map, driftcaps_run, side_by_side
 from .models import Models
 from .zero_gpu import on_gpu
 

@@ -14,9 +14,9 @@ from huggingface_hub import HfApi, snapshot_download
 from peft import PeftModel
 from transformers import PreTrainedTokenizerBase
 
-from ..artifacts import ADAPTER_FILE, FOLDER, REPO_ID, ArtifactError, adapter_folder, from_hub
-from ..behaviour import generate_answers, input_device, prompt_ids
-from ..loading import load_adapter, load_model
+from ..artifacts.files import ADAPTER_FILE, FOLDER, REPO_ID, ArtifactError, adapter_folder, from_hub
+from ..modeling.generation import generate_answers, input_device, prompt_ids
+from ..modeling.loading import load_adapter, load_model
 from .questions import Decoding
 
 

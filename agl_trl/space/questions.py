@@ -63,7 +63,7 @@ def _is_text(character: str) -> bool:
 
 @cache
 def _known() -> dict[str, bool]:
-    from ..prompts import load_prompts
+    from ..data.prompts import load_prompts
 
     rows = [row for name in ("miniworld", "driftcaps") for row in load_prompts(name)]
     return {row["prompt"][-1]["content"]: row["unsafe"] for row in rows}

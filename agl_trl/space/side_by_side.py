@@ -6,8 +6,8 @@ from dataclasses import dataclass
 from html import escape
 from typing import Any, Literal
 
-from ..judges import StringJudge
-from ..refusal import Verdict
+from ..evaluation.judges import StringJudge
+from ..evaluation.refusal import Verdict
 from .models import Model, Models, Side
 from .questions import Decoding, checked_decoding, checked_prompt, known_unsafe
 

@@ -20,7 +20,7 @@ from typing import Annotated
 import typer
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from agl_trl.artifacts import write_atomically
+from agl_trl.artifacts.files import write_atomically
 from agl_trl.miniworld import TASKS
 
 from .methods import CORE, METHODS, QUICK

@@ -15,8 +15,8 @@ import torch
 from torch import Tensor
 from trl import SFTConfig, SFTTrainer
 
-from agl_trl.lora import guarded_layers
 from agl_trl.miniworld import load_model
+from agl_trl.modeling.lora import adapted_layers
 
 from .setting import Setting, build, common
 
@@ -37,7 +37,7 @@ class AsftTrainer(SFTTrainer):
         loss = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
         if not self.model.training:
             return loss
-        layers = guarded_layers(self.model)
+        layers = adapted_layers(self.model)
         return (
             loss
             + self.coef
@@ -52,7 +52,7 @@ def asft(coef: float = 1.0) -> Callable[[Setting], SFTTrainer]:
         trainer = build(AsftTrainer, SFTConfig(**common(setting)), setting)
         base = dict(load_model("base").named_modules())
         trainer.coef, trainer.directions = coef, {}
-        for layer in guarded_layers(trainer.model):
+        for layer in adapted_layers(trainer.model):
             aligned = layer.module.get_base_layer().weight
             trainer.directions[layer.name] = (aligned - base[layer.name].weight).detach()
         return trainer

@@ -11,10 +11,10 @@ from peft import LoraConfig, get_peft_model
 from trl import SFTConfig, SFTTrainer
 
 from agl_trl import AGLSFTConfig, AGLSFTTrainer, FisherStatistics, estimate_fisher
-from agl_trl.behaviour import answered_by
-from agl_trl.demo import LORA
-from agl_trl.lora import guarded_layers
+from agl_trl.experiments.demo import LORA
 from agl_trl.miniworld import alignment_dataset, load_model
+from agl_trl.modeling.generation import answered_by
+from agl_trl.modeling.lora import adapted_layers
 
 from .setting import Setting, build, common, published_statistics
 
@@ -29,7 +29,7 @@ def layer_importance(coef: float) -> Callable[[Setting], SFTTrainer]:
         path = published_statistics(setting.folder)
         statistics = FisherStatistics.from_pretrained(path)
         model = get_peft_model(load_model(), LoraConfig(**LORA))
-        both = estimate_fisher(model, alignment_dataset(), setting.tokenizer, damping=0.5, progress=False)
+        both = estimate_fisher(model, alignment_dataset(), setting.tokenizer, shrinkage=0.5, progress=False)
         importance = {name: G.trace() / G.dim for name, G in both.outputs.items()}
         mean = torch.stack(list(importance.values())).mean()
         # The trainer checks the norms against the model within 5 %, so that importance goes into X: a scale for every layer.
@@ -60,7 +60,7 @@ class ProximalTrainer(SFTTrainer):
 
     def create_optimizer(self, *args, **kwargs):
         optimizer = super().create_optimizer(*args, **kwargs)
-        layers = guarded_layers(self.model)
+        layers = adapted_layers(self.model)
         metrics = [self.statistics.metric(layer.name).input for layer in layers]
 
         def shrink(optimizer, *_):

@@ -17,8 +17,8 @@ from torch import Tensor
 from transformers import PreTrainedModel
 from trl import SFTConfig, SFTTrainer
 
-from agl_trl.lora import guarded_layers, linear_layers
 from agl_trl.miniworld import load_model
+from agl_trl.modeling.lora import adapted_layers, linear_layers
 
 from .setting import Setting, adapted, build, common
 
@@ -76,7 +76,7 @@ class LoxTrainer(SFTTrainer):
     def on_aligned(self):
         """`[sB, c U_k S_k] [A; Q_kᵀ]` on the aligned model. Embeddings, which no adapter has, stay shifted in its base."""
         whole = {}
-        for layer in guarded_layers(self.model):
+        for layer in adapted_layers(self.model):
             (A, B, s), (right, left) = layer.current, self.updates[f"{layer.name}.weight"]
             whole[layer.name] = torch.cat([A, right]), torch.cat([s * B, left], 1)
         clean = load_model()

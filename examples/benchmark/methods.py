@@ -13,11 +13,11 @@ from peft import LoraConfig, get_peft_model
 from trl import DPOTrainer, SFTConfig, SFTTrainer
 
 from agl_trl import AGLSFTConfig, AGLSFTTrainer, FisherStatistics
-from agl_trl.data import batches, select_rows, tokenize_row
-from agl_trl.demo import LORA
-from agl_trl.lora import base_weight, linear_layers
+from agl_trl.data.alignment import batches, select_rows, tokenize_row
+from agl_trl.experiments.demo import LORA
 from agl_trl.miniworld import alignment_dataset, load_model
-from agl_trl.sketch import LowRankCovariance
+from agl_trl.modeling.lora import base_weight, linear_layers
+from agl_trl.objective.covariance import LowRankCovariance
 
 from .asft import asft
 from .ideas import layer_importance, proximal, pseudo_replay
@@ -44,7 +44,7 @@ def agl(**options: Any) -> Callable[[Setting], SFTTrainer]:
 
     def make(setting: Setting) -> SFTTrainer | DPOTrainer:
         trainer_class, config_class = setting.agl
-        if options.get("anchor_coef", 0) > 0 or options.get("variant") == "paper" or "fisher_damping" in options:
+        if options.get("anchor_coef", 0) > 0 or options.get("variant") == "paper" or "fisher_shrinkage" in options:
             data = dict(alignment_dataset=alignment_dataset())
             return build(trainer_class, config_class(**common(setting, **options)), setting, **data)
         path = published_statistics(setting.folder)
@@ -177,8 +177,8 @@ METHODS = {
     "budget-3e-3": Method(agl(alignment_coef=0.0, drift_budget=3e-3), "AGL budget", STATISTICS, preferences=True),
     "budget-1e-3": Method(agl(alignment_coef=0.0, drift_budget=1e-3), "AGL budget", STATISTICS, preferences=True),
     "budget-5e-3": Method(agl(alignment_coef=0.0, drift_budget=5e-3), "AGL budget", STATISTICS),
-    "budget-3e-3-damped": Method(
-        agl(alignment_coef=0.0, drift_budget=3e-3, fisher_damping=0.1), "AGL budget, both sides", STATISTICS
+    "budget-3e-3-shrunk": Method(
+        agl(alignment_coef=0.0, drift_budget=3e-3, fisher_shrinkage=0.1), "AGL budget, both sides", STATISTICS
     ),
     "budget-3e-3-anchor": Method(
         agl(alignment_coef=0.0, drift_budget=3e-3, anchor_coef=1.0, anchor_every=2), "AGL anchor", ROWS
@@ -197,7 +197,7 @@ METHODS = {
         agl(collision_coef=0.1, collision_alpha=1.0, collision_rows=32), "all terms", STATISTICS
     ),
     "paper": Method(agl(variant="paper"), "as published", STATISTICS),
-    "damping-0.1": Method(agl(fisher_damping=0.1), "AGL, both sides", STATISTICS),
+    "shrinkage-0.1": Method(agl(fisher_shrinkage=0.1), "AGL, both sides", STATISTICS),
     "l2-1": Method(l2(1.0), "L2", NOTHING),
     "l2-10": Method(l2(10.0), "L2", NOTHING),
     "ewc-1e2": Method(ewc(1e2), "EWC", STATISTICS),

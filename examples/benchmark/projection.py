@@ -18,7 +18,7 @@ from torch import Tensor
 from transformers import TrainerCallback
 from trl import DPOTrainer, SFTTrainer
 
-from agl_trl.data import batches, tokenize_row
+from agl_trl.data.alignment import batches, tokenize_row
 from agl_trl.miniworld import alignment_dataset
 
 from .setting import Setting, batch_nll, build, common

@@ -5,7 +5,7 @@ from typing import NamedTuple
 from datasets import Dataset, concatenate_datasets
 from trl import SFTConfig, SFTTrainer
 
-from agl_trl.demo import TRAINING
+from agl_trl.experiments.demo import TRAINING
 from agl_trl.miniworld import TASKS, preference_dataset, task_dataset
 
 

@@ -14,10 +14,10 @@ from rich.console import Console
 from rich.table import Table
 
 from agl_trl import DriftReport, FisherStatistics
-from agl_trl.demo import evaluate, heldout_prompts
-from agl_trl.lora import guarded_layers
-from agl_trl.miniworld import load_model, load_tokenizer, task_dataset
-from agl_trl.repair import strength_for
+from agl_trl.drift.projection import strength_for
+from agl_trl.experiments.demo import evaluate
+from agl_trl.miniworld import heldout_prompts, load_model, load_tokenizer, task_dataset
+from agl_trl.modeling.lora import adapted_layers
 
 from .run import quiet
 
@@ -43,7 +43,7 @@ def main(
     ):
         model = PeftModel.from_pretrained(load_model(), source)
         if budget is not None:
-            layers = guarded_layers(model)
+            layers = adapted_layers(model)
             for layer, A in zip(layers, strength_for(layers, statistics, budget)[1], strict=True):
                 layer.parameters[0].data.copy_(A)
         _, run = evaluate(name, 0, model, tokenizer, prompts, test, progress=False)

@@ -11,7 +11,7 @@ from matplotlib.ticker import FormatStrFormatter, LogLocator, NullFormatter
 from rich.console import Console
 from rich.markdown import Markdown
 
-from agl_trl.artifacts import write_atomically
+from agl_trl.artifacts.files import write_atomically
 
 from .methods import METHODS
 from .protocols import PROTOCOLS

@@ -13,9 +13,9 @@ from datasets import disable_progress_bars
 from transformers.utils import logging
 
 from agl_trl import FisherStatistics
-from agl_trl.demo import evaluate, heldout_prompts
-from agl_trl.drift import DriftReport
-from agl_trl.miniworld import load_model, load_tokenizer
+from agl_trl.drift.report import DriftReport
+from agl_trl.experiments.demo import evaluate
+from agl_trl.miniworld import heldout_prompts, load_model, load_tokenizer
 
 from .lookahead import prefixed
 from .methods import METHODS

@@ -16,8 +16,8 @@ import torch
 from torch import Tensor
 from trl import SFTConfig, SFTTrainer
 
-from agl_trl.lora import GuardedLayer, base_weight, guarded_layers, linear_layers
 from agl_trl.miniworld import load_model
+from agl_trl.modeling.lora import AdaptedLayer, adapted_layers, base_weight, linear_layers
 
 from .setting import Setting, build, common
 
@@ -41,7 +41,7 @@ def alignment_matrix(V: Tensor, energy: float | None = None) -> Tensor:
     return U @ U.mT
 
 
-def alignment_matrices(layers: list[GuardedLayer], energy: float | None = None) -> list[Tensor]:
+def alignment_matrices(layers: list[AdaptedLayer], energy: float | None = None) -> list[Tensor]:
     """C of every guarded layer of the aligned model, paired with the base model by name."""
     base = linear_layers(load_model("base"))
     return [alignment_matrix(base_weight(layer.module) - base_weight(base[layer.name]), energy) for layer in layers]
@@ -74,7 +74,7 @@ class SafeLoraTrainer(SFTTrainer):
 
     @torch.no_grad()
     def project(self) -> None:
-        layers = guarded_layers(self.model)
+        layers = adapted_layers(self.model)
         after = [
             C @ layer.parameters[1] for layer, C in zip(layers, alignment_matrices(layers, self.energy), strict=True)
         ]

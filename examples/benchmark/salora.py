@@ -21,10 +21,10 @@ from torch.nn.utils import parametrize
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from trl import SFTConfig, SFTTrainer
 
-from agl_trl.data import batches, select_rows, tokenize_row
-from agl_trl.demo import LORA
-from agl_trl.lora import guarded_layers, linear_layers
+from agl_trl.data.alignment import batches, select_rows, tokenize_row
+from agl_trl.experiments.demo import LORA
 from agl_trl.miniworld import alignment_dataset, load_model
+from agl_trl.modeling.lora import adapted_layers, linear_layers
 
 from .setting import Setting, adapted, build, common
 
@@ -72,7 +72,7 @@ class SaloraTrainer(SFTTrainer):
     @torch.no_grad()
     def prepare(self, safety: dict[str, Tensor], task: dict[str, Tensor]) -> None:
         self.start = {}
-        for layer in guarded_layers(self.model):
+        for layer in adapted_layers(self.model):
             (A, B), W = layer.parameters, layer.module.get_base_layer().weight
             U, S, Qt = torch.linalg.svd(W, full_matrices=False)
             r, V = len(A), task[layer.name]
@@ -93,7 +93,7 @@ class SaloraTrainer(SFTTrainer):
     @torch.no_grad()
     def on_aligned(self):
         updates = {}
-        for layer in guarded_layers(self.model):
+        for layer in adapted_layers(self.model):
             (A, CB), (A0, CB0) = layer.parameters, self.start[layer.name]
             updates[layer.name] = torch.cat([A, A0]), torch.cat([CB, -CB0], 1)
         return adapted(load_model(), updates)

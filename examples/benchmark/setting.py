@@ -12,10 +12,10 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, PrinterCallba
 from trl import DPOConfig, DPOTrainer, SFTConfig, SFTTrainer
 
 from agl_trl import AGLDPOConfig, AGLDPOTrainer, AGLSFTConfig, AGLSFTTrainer, estimate_fisher
-from agl_trl.data import AlignmentBatch
-from agl_trl.demo import LORA, TRAINING
-from agl_trl.lora import guarded_layers
+from agl_trl.data.alignment import AlignmentBatch
+from agl_trl.experiments.demo import LORA, TRAINING
 from agl_trl.miniworld import alignment_dataset, load_model, load_tokenizer
+from agl_trl.modeling.lora import adapted_layers
 
 
 # Pairs of a right and a useless answer; with the likelihood of the right one in the loss, as is usual, or nothing is learned.
@@ -84,7 +84,7 @@ def adapted(model: PreTrainedModel, updates: dict[str, tuple[Tensor, Tensor]]) -
     """
     (rank,) = {len(A) for A, _ in updates.values()}
     model = get_peft_model(model, LoraConfig(**LORA | dict(r=rank, lora_alpha=rank)))  # scaling 1
-    for layer in guarded_layers(model):
+    for layer in adapted_layers(model):
         for parameter, value in zip(layer.parameters, updates[layer.name], strict=True):
             parameter.copy_(value)
     return model.eval()

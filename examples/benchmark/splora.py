@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from trl import SFTConfig, SFTTrainer
 
-from agl_trl.lora import guarded_layers
+from agl_trl.modeling.lora import adapted_layers
 
 from .safe_lora import alignment_matrices, cosine
 from .setting import Setting, build, common
@@ -58,7 +58,7 @@ class SploraTrainer(SFTTrainer):
 
     @torch.no_grad()
     def prune(self) -> None:
-        layers, scores = guarded_layers(self.model), []
+        layers, scores = adapted_layers(self.model), []
         generator = torch.Generator().manual_seed(self.args.seed)
         for layer, C in zip(layers, alignment_matrices(layers), strict=True):
             A, B = layer.parameters

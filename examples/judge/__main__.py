@@ -11,8 +11,8 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
-from agl_trl.comparison import Rate
-from agl_trl.refusal import gcg_judge, judge
+from agl_trl.evaluation.behaviour import Rate
+from agl_trl.evaluation.refusal import gcg_judge, judge
 
 
 JUDGES = {"refusal strings": judge, "GCG strings": gcg_judge}

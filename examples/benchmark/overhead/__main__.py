@@ -18,7 +18,7 @@ import typer
 from rich.console import Console
 from rich.markdown import Markdown
 
-from agl_trl.artifacts import write_atomically
+from agl_trl.artifacts.files import write_atomically
 
 from ..run import quiet
 from .fisher import pass_ratios

@@ -8,9 +8,9 @@ import torch
 from peft import LoraConfig, get_peft_model
 
 from agl_trl import AGLSFTConfig, estimate_fisher
-from agl_trl.guard import Guard
-from agl_trl.lora import guarded_layers
 from agl_trl.miniworld import alignment_dataset, load_tokenizer
+from agl_trl.modeling.lora import adapted_layers
+from agl_trl.trainer.regularizer import Guard
 
 from .fisher import saved_bytes
 from .shapes import llama
@@ -28,7 +28,7 @@ def guard_of(rank: int, layers: int, width: int, rows: int = 8, **options: Any) 
         llama(**config, num_attention_heads=8, num_key_value_heads=4), LoraConfig(r=rank, target_modules="all-linear")
     )
     statistics = estimate_fisher(model, alignment_dataset(), load_tokenizer(), num_samples=rows, progress=False)
-    guarded = guarded_layers(model)
+    guarded = adapted_layers(model)
     with torch.no_grad():
         for layer in guarded:
             layer.parameters[1].normal_(std=0.01)

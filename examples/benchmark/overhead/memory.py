@@ -55,7 +55,7 @@ def fisher_pass(name: str, model, rows, length: int, batch: int) -> Any:
     """Statistics of the rows, with ours or with `alignment-risk`."""
     if name in PEERS:
         return peer_fisher(model, rows, length, peer_parameters(name, model))
-    options = dict(damping=PASSES[name], num_samples=None, batch_size=batch, max_length=length, progress=False)
+    options = dict(shrinkage=PASSES[name], num_samples=None, batch_size=batch, max_length=length, progress=False)
     return estimate_fisher(model, rows, load_tokenizer(), **options)
 
 

@@ -10,9 +10,9 @@ from datasets import Dataset
 from peft import LoraConfig, PeftModel, get_peft_model
 from trl import SFTTrainer
 
-from agl_trl.data import batches, select_rows, tokenize_row
-from agl_trl.lora import linear_layers
+from agl_trl.data.alignment import batches, select_rows, tokenize_row
 from agl_trl.miniworld import load_tokenizer
+from agl_trl.modeling.lora import linear_layers
 
 from .shapes import Shape, lora_of, model_of
 

@@ -7,7 +7,7 @@ import torch
 from datasets import Dataset
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
-from agl_trl.demo import LORA, TRAINING
+from agl_trl.experiments.demo import LORA, TRAINING
 from agl_trl.miniworld import load_model, load_tokenizer, preference_dataset, task_dataset
 
 

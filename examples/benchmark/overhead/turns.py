@@ -16,9 +16,9 @@ from transformers import PrinterCallback, TrainerCallback
 from trl import DPOConfig, DPOTrainer, SFTConfig, SFTTrainer
 
 from agl_trl import AGLDPOConfig, AGLDPOTrainer, AGLSFTConfig, AGLSFTTrainer
-from agl_trl.data import select_rows, tokenize_row
-from agl_trl.guard import Guard
+from agl_trl.data.alignment import select_rows, tokenize_row
 from agl_trl.miniworld import alignment_dataset, load_tokenizer
+from agl_trl.trainer.regularizer import Guard
 
 from ..methods import ReplayTrainer
 from .peer import PeerTrainer

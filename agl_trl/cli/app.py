@@ -1,0 +1,293 @@
+"""The command line `agl-trl`. Heavy imports live inside the commands, so that `--help` is instant."""
+
+import logging
+import sys
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+
+
+app = typer.Typer(
+    name="agl-trl",
+    help="Fine-tune aligned models with LoRA without losing their refusals, and measure what was lost.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    add_completion=False,
+)
+MINIWORLD_HELP = "`miniworld` is the embedded one"
+
+
+class FisherType(StrEnum):
+    projection = "projection"
+    empirical = "empirical"
+    mc = "mc"
+
+
+@app.command()
+def demo(
+    seeds: Annotated[
+        int, typer.Option(min=1, help="Number of repetitions with another adapter init and data order.")
+    ] = 1,
+    task: Annotated[str, typer.Option(help="Benign task of the embedded world.")] = "extract",
+    output_dir: Annotated[Path, typer.Option(help="Folder for adapters, evidence and results.json.")] = Path(
+        "outputs/demo"
+    ),
+) -> None:
+    """Fine-tune the embedded model with plain LoRA and with AGL, and compare what is left of its refusals."""
+    from transformers.utils.logging import disable_progress_bar
+
+    from ..experiments.demo import run_demo
+
+    _quiet()
+    disable_progress_bar()  # "Loading weights" of a model that loads in a blink
+    run_demo(output_dir, seeds=seeds, task=task)
+
+
+@app.command()
+def fisher(
+    model: Annotated[str, typer.Option(help=f"Model folder or Hub id; {MINIWORLD_HELP}.")],
+    dataset: Annotated[str, typer.Option(help=f"Alignment rows: file or Hub id; {MINIWORLD_HELP}.")],
+    output_dir: Annotated[
+        Path | None,
+        typer.Option(
+            help="Folder that receives agl/fisher.safetensors; with --push by default outputs/NAME of the repo."
+        ),
+    ] = None,
+    push: Annotated[
+        str | None,
+        typer.Option(
+            help="Repo on the Hub of its own for the statistics and their card, such as user/model-agl-fisher."
+        ),
+    ] = None,
+    private: Annotated[bool, typer.Option("--private", help="Make a repo that is created private.")] = False,
+    fisher_type: Annotated[
+        FisherType, typer.Option(help="What is differentiated for the output side.")
+    ] = FisherType.projection,
+    shrinkage: Annotated[float, typer.Option(min=0, max=1, help="δ; 1 needs forward passes only.")] = 1.0,
+    rank: Annotated[int, typer.Option(min=1, help="Eigenpairs kept per covariance.")] = 64,
+    num_samples: Annotated[int, typer.Option(min=1, help="Rows used.")] = 256,
+    batch_size: Annotated[int, typer.Option(min=1, help="Rows per forward pass.")] = 8,
+    seed: Annotated[int, typer.Option(help="Seed of row sample, sketch and projections.")] = 0,
+    dtype: Annotated[str | None, typer.Option(help="Type of the weights; default: the checkpoint's.")] = None,
+    device_map: Annotated[str | None, typer.Option(help="`auto` spreads a large model over devices.")] = None,
+    bits: Annotated[int | None, typer.Option(help="4 or 8: quantise the model with bitsandbytes.")] = None,
+) -> None:
+    """Estimate the Fisher statistics of a model, save them, and publish them where asked to."""
+    from .fisher import fisher
+
+    _quiet()
+    if bits not in (None, 4, 8):
+        raise ValueError(f"`--bits` must be 4 or 8, got {bits}.")
+    fisher(
+        *(
+            model,
+            dataset,
+            output_dir,
+            push,
+            private,
+            fisher_type.value,
+            shrinkage,
+            rank,
+            num_samples,
+            batch_size,
+            seed,
+        ),
+        *(dtype, device_map, bits),
+    )
+
+
+@app.command()
+def drift(
+    base: Annotated[str, typer.Option(help=f"Base model folder or Hub id; {MINIWORLD_HELP}.")],
+    output_dir: Annotated[Path, typer.Option(help="Folder for agl/drift.safetensors, agl/drift.png, answers.jsonl.")],
+    adapter: Annotated[str | None, typer.Option(help="Folder or Hub id of the adapter.")] = None,
+    tuned: Annotated[str | None, typer.Option(help="Tuned checkpoint in place of an adapter.")] = None,
+    fisher: Annotated[
+        str | None,
+        typer.Option(
+            help="Fisher statistics, folder or Hub id; default: the adapter's own, else estimated from DriftCaps requests."
+        ),
+    ] = None,
+    prompts: Annotated[
+        str | None,
+        typer.Option(help="Prompts to ask: driftcaps, miniworld, a public set such as xstest, a file, a Hub id."),
+    ] = None,
+    limit: Annotated[
+        int | None, typer.Option(min=1, help="Ask only so many of the prompts, spread over categories.")
+    ] = None,
+    judge: Annotated[
+        str, typer.Option(help="refusal-strings, gcg-strings, or a classifier or guard model.")
+    ] = "refusal-strings",
+    fail_if: Annotated[
+        list[str] | None,
+        typer.Option(help="Exit with 1 where this holds, such as 'refusal_drop>0.05'; may be repeated."),
+    ] = None,
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest answer.")] = 64,
+    batch_size: Annotated[int, typer.Option(min=1, help="Prompts per batch.")] = 32,
+) -> None:
+    """Report how far a model has moved from its base: weights per layer, and answers where prompts are given."""
+    from .drift import report
+
+    _quiet()
+    report(base, output_dir, adapter, tuned, fisher, prompts, limit, judge, fail_if or [], max_new_tokens, batch_size)
+
+
+@app.command()
+def project(
+    adapter: Annotated[str, typer.Argument(help="Folder or Hub id of the adapter.")],
+    base: Annotated[str, typer.Option(help=f"Base model folder or Hub id; {MINIWORLD_HELP}.")],
+    budget: Annotated[float, typer.Option(help="Largest mean relative drift of the repaired copy.")],
+    output_dir: Annotated[Path, typer.Option(help="Folder of the repaired copy.")],
+    fisher: Annotated[str | None, typer.Option(help="Fisher statistics; default: the adapter's own.")] = None,
+) -> None:
+    """Write a copy of an adapter that is shrunk to a drift budget, without data and without training."""
+    from ..artifacts.files import ADAPTER_FILE, FOLDER, PICTURE_FILE, adapter_folder, sha256
+    from ..drift.plots import plot_drift
+    from ..drift.projection import strength_for, write_projected
+    from ..drift.report import DriftReport
+    from ..fisher.statistics import FisherStatistics
+    from ..modeling.loading import load_adapter, load_model
+    from ..modeling.lora import adapted_layers, linear_layers
+
+    _quiet()
+    folder = adapter_folder(adapter)
+    statistics = FisherStatistics.from_pretrained(fisher or folder)
+    model = load_adapter(load_model(base)[0], folder)
+    statistics.check_fits(model, linear_layers(model))
+    layers = adapted_layers(model)
+    before = DriftReport.measure(model, statistics)
+    strength, As = strength_for(layers, statistics, budget)
+    write_projected(folder, output_dir, layers, As)
+    for layer, A in zip(layers, As, strict=True):
+        layer.parameters[0].data.copy_(A)
+    after = DriftReport.measure(model, statistics)
+    after.adapter_sha256 = sha256(output_dir / ADAPTER_FILE)
+    after.metadata["projected"] = {"budget": budget, "strength": strength, "drift_before": before.mean_relative_drift}
+    statistics.save_pretrained(output_dir)
+    after.save_pretrained(output_dir)
+    plot_drift(after, output_dir / FOLDER / PICTURE_FILE)
+    typer.echo(f"before: relative drift {before.mean_relative_drift:.3e}")
+    typer.echo(f"after:  relative drift {after.mean_relative_drift:.3e}, budget {budget:g}, in {output_dir}")
+
+
+@app.command()
+def push(
+    folder: Annotated[Path, typer.Argument(help="Folder of an adapter with its evidence.")],
+    repo: Annotated[str, typer.Argument(help="Repo on the Hub; created where there is none.")],
+    private: Annotated[bool, typer.Option("--private", help="Make a repo that is created private.")] = False,
+    fisher: Annotated[bool, typer.Option(help="Push the Fisher statistics too.")] = True,
+    checkpoints: Annotated[
+        bool, typer.Option("--checkpoints", help="Push the checkpoints in the folder too.")
+    ] = False,
+    revision: Annotated[str | None, typer.Option(help="Branch.")] = None,
+) -> None:
+    """Push an adapter with its statistics, report, picture and card in one commit."""
+    from ..hub.push import push_adapter
+
+    _quiet()
+    typer.echo(push_adapter(folder, repo, private, fisher, checkpoints, revision))
+
+
+@app.command()
+def attach(
+    adapter: Annotated[str, typer.Argument(help="Folder of an adapter trained elsewhere, or its Hub id.")],
+    base: Annotated[str, typer.Option(help=f"Base model folder or Hub id; {MINIWORLD_HELP}.")],
+    fisher: Annotated[
+        str | None,
+        typer.Option(help="Fisher statistics of the base; default: estimated from its answers to DriftCaps requests."),
+    ] = None,
+    prompts: Annotated[str | None, typer.Option(help="Prompts to ask, as in `drift`.")] = "driftcaps",
+    limit: Annotated[int | None, typer.Option(min=1, help="Ask only so many of them.")] = None,
+    judge: Annotated[str, typer.Option(help="Judge of the answers, as in `drift`.")] = "refusal-strings",
+    create_pr: Annotated[
+        bool, typer.Option("--create-pr", help="Of a repo: open a pull request instead of a commit.")
+    ] = False,
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest answer.")] = 64,
+    batch_size: Annotated[int, typer.Option(min=1, help="Prompts per batch.")] = 32,
+) -> None:
+    """Measure an adapter trained elsewhere and add report and card to it: in its folder, or in its repo as one commit."""
+    from .attach import attach
+
+    _quiet()
+    attach(adapter, base, fisher, prompts, limit, judge, create_pr, max_new_tokens, batch_size)
+
+
+@app.command()
+def space(
+    base: Annotated[
+        str | None, typer.Option(help=f"Base model: folder or Hub id; default: the adapter's; {MINIWORLD_HELP}.")
+    ] = None,
+    adapter: Annotated[
+        str | None, typer.Option(help="Adapter: folder or Hub id; default: the demo's, plain and AGL.")
+    ] = None,
+    push: Annotated[str | None, typer.Option(help="Create or update this Space instead of running here.")] = None,
+    private: Annotated[bool, typer.Option("--private", help="Make a Space that is created private.")] = False,
+    hardware: Annotated[str | None, typer.Option(help="Hardware of a new Space, such as `zero-a10g`.")] = None,
+    port: Annotated[int | None, typer.Option(help="Port on this machine; default: the first free from 7860.")] = None,
+) -> None:
+    """Compare refusals of base and fine-tuned models in the browser, on this machine or as a Space on the Hub."""
+    from .space import deploy, serve
+
+    _quiet()
+    if push is None:
+        serve(base, adapter, port)
+    else:
+        typer.echo(deploy(push, base, adapter, private, hardware))
+
+
+@app.command()
+def scaling(
+    output_dir: Annotated[
+        Path, typer.Option(help="Folder for scaling.json, scaling.png and, of the sweep, runs.jsonl.")
+    ],
+    runs: Annotated[
+        Path | None,
+        typer.Option(
+            help="CSV or JSON lines: method, n_params, finetune_tokens, loss_before, loss_after; "
+            "default: fine-tune the embedded models, about 20 minutes on one core."
+        ),
+    ] = None,
+    seeds: Annotated[int, typer.Option(min=1, help="Runs of every kind in the sweep.")] = 3,
+    resamples: Annotated[int, typer.Option(min=10, help="Bootstrap resamples.")] = 200,
+    seed: Annotated[int, typer.Option(help="Seed of the resamples.")] = 0,
+) -> None:
+    """Fit the scaling law of forgetting to runs of several sizes and token counts, by method."""
+    from .scaling import scaling
+
+    _quiet()
+    if runs is None:
+        from transformers.utils.logging import disable_progress_bar
+
+        from ..experiments.scaling_sweep import sweep
+
+        disable_progress_bar()  # of loading a small model, again and again
+        runs = sweep(output_dir, seeds, console=Console())
+    scaling(runs, output_dir, resamples, seed)
+
+
+def _quiet() -> None:
+    """Without the notices of the libraries below that a reader of the output can do nothing about."""
+    import warnings
+
+    import datasets
+    import transformers
+
+    warnings.filterwarnings("ignore", category=FutureWarning)
+    warnings.filterwarnings("ignore", message=".*pin_memory.*")
+    transformers.utils.logging.set_verbosity_error()
+    datasets.utils.logging.set_verbosity(logging.CRITICAL)
+    datasets.disable_progress_bars()
+
+
+def main() -> None:
+    """Entry point: a failure is one sentence on standard error and exit code 1."""
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it tells at import of kernels that nobody asked for
+    try:
+        app()
+    except (ValueError, OSError) as error:
+        text = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
+        typer.echo(f"agl-trl: {text}", err=True)
+        sys.exit(1)

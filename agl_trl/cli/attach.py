@@ -1,0 +1,77 @@
+"""What `agl-trl attach` does."""
+
+import shutil
+import tempfile
+from contextlib import ExitStack
+from pathlib import Path
+
+import typer
+
+from ..artifacts.files import FISHER_FILE, FOLDER, REPO_ID, adapter_folder
+from ..drift.report import DriftReport
+from ..fisher.statistics import FisherStatistics
+from ..hub.model_card import attach_card
+from ..hub.push import files_to_push, push_folder
+from .drift import ANSWERS_FILE, report
+
+
+def attach(
+    adapter: str,
+    base: str,
+    fisher: str | None,
+    prompts: str | None,
+    limit: int | None,
+    judge: str,
+    create_pr: bool,
+    max_new_tokens: int,
+    batch_size: int,
+) -> None:
+    """
+    Measure an adapter, and add report, statistics, picture and card to its folder, or to its repo in one commit that builds
+    on the very commit that was measured.
+
+    Raises:
+        `ValueError`: For what [`report`] refuses.
+        [`PushError`]: If the repo can't be written.
+    """
+    source = adapter_folder(adapter)
+    from_hub = not Path(adapter).exists()
+    if create_pr and not from_hub:
+        raise ValueError("`--create-pr` is for an adapter on the Hub; this one is a folder.")
+    with ExitStack() as stack:
+        folder = source
+        if from_hub:  # measured in a copy: the cache is not ours to write
+            folder = Path(stack.enter_context(tempfile.TemporaryDirectory())) / adapter.split("/")[-1]
+            shutil.copytree(source, folder)
+        report(base, folder, str(folder), None, fisher, prompts, limit, judge, [], max_new_tokens, batch_size)
+        if fisher is not None:
+            FisherStatistics.from_pretrained(fisher).save_pretrained(folder)
+        measured = DriftReport.from_pretrained(folder)
+        published = (folder / FOLDER / FISHER_FILE).is_file()
+        repo_id = adapter if from_hub else None
+        base_model = base if REPO_ID.fullmatch(base) and not Path(base).exists() else None
+        name = adapter.rstrip("/").split("/")[-1]
+        attach_card(
+            folder / "README.md",
+            name,
+            measured,
+            base_model=base_model,
+            repo_id=repo_id,
+            statistics_published=published,
+        )
+        if not from_hub:
+            typer.echo(f"Report and card are in {folder}; `agl-trl push {folder} USER/NAME` publishes them.")
+            return
+        answers = Path(f"{name}-{ANSWERS_FILE}")
+        if (folder / ANSWERS_FILE).is_file():
+            shutil.copy2(folder / ANSWERS_FILE, answers)  # stays here: it may say what nobody should read
+        files = [path for path in files_to_push(folder) if path == "README.md" or path.startswith(f"{FOLDER}/")]
+        commit = push_folder(
+            folder,
+            adapter,
+            message="Drift report and card",
+            files=files,
+            parent_commit=source.name,  # the snapshot that was measured: a newer adapter is never given this report
+            create_pr=create_pr,
+        )
+        typer.echo(commit.pr_url or commit.commit_url)

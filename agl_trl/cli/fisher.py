@@ -1,0 +1,132 @@
+"""What `agl-trl fisher` does."""
+
+from pathlib import Path
+
+import typer
+from huggingface_hub import HfApi
+
+from ..artifacts.files import FISHER_FILE, FOLDER, REPO_ID
+from ..data.alignment import READERS, is_prompt_only, load_rows, select_rows, tokenize_row
+from ..fisher.cost import fisher_cost, seconds_by_trial
+from ..fisher.estimate import FisherType, estimate_fisher
+from ..fisher.statistics import FisherStatistics
+from ..hub.model_card import write_statistics_card
+from ..hub.push import FAILURES, PushError, create_repo, push_folder, reason
+from ..modeling.loading import load_model
+
+
+MAX_LENGTH = 1024
+MODEL_FILES = ("config.json", "adapter_config.json")
+
+
+def fisher(
+    model: str,
+    dataset: str,
+    output_dir: Path | None,
+    push: str | None,
+    private: bool,
+    fisher_type: FisherType,
+    shrinkage: float,
+    rank: int,
+    num_samples: int,
+    batch_size: int,
+    seed: int,
+    dtype: str | None,
+    device_map: str | None,
+    bits: int | None,
+) -> None:
+    """
+    Say what it will take, estimate, save, and push where asked to: a repo that holds the statistics and their card.
+    Interrupted, the same command goes on where it stopped.
+
+    Raises:
+        `ValueError`: If model or rows can't be read.
+        [`PushError`]: If the repo can't be written; told before the pass where the Hub says so by then.
+    """
+    if output_dir is None:
+        if push is None:
+            raise ValueError("Say where the statistics go: `--output-dir`, `--push`, or both.")
+        output_dir = Path("outputs") / push.split("/")[-1]
+    repo_id = None if push is None else statistics_repo(push, private)
+    selected = select_rows(load_rows(dataset), num_samples, seed)
+    loaded, tokenizer = load_model(model, dtype=dtype, device_map=device_map, bits=bits)
+    plan = fisher_cost(loaded, rank=rank, shrinkage=shrinkage)
+    typer.echo(
+        f"{plan.layers} layers, {plan.inputs} shared inputs; {plan.accumulator_bytes / 1e6:.0f} MB of sums beside the model, "
+        f"{plan.file_bytes / 1e6:.1f} MB on disk"
+    )
+    if is_prompt_only(selected[0]):
+        typer.echo(f"{len(selected)} requests, which the model answers first")
+    else:
+        rows = [tokenize_row(row, tokenizer, MAX_LENGTH) for row in selected]
+        seconds = seconds_by_trial(
+            loaded,
+            rows,
+            tokenizer,
+            fisher_type=fisher_type,
+            rank=rank,
+            shrinkage=shrinkage,
+            batch_size=batch_size,
+            seed=seed,
+        )
+        count = -(-len(rows) // batch_size)
+        passes = f"{count} forward {'' if shrinkage == 1 else 'and backward '}{'pass' if count == 1 else 'passes'}"
+        typer.echo(
+            f"{len(rows)} rows, {sum(len(row.input_ids) for row in rows)} tokens, {passes}, about {seconds:.1f} s"
+        )
+    statistics = estimate_fisher(
+        loaded,
+        selected,
+        tokenizer,
+        fisher_type=fisher_type,
+        shrinkage=shrinkage,
+        rank=rank,
+        num_samples=None,
+        batch_size=batch_size,
+        max_length=MAX_LENGTH,
+        seed=seed,
+        resume_dir=output_dir,
+    )
+    statistics.metadata["dataset"] = dataset_id(dataset)
+    path = statistics.save_pretrained(output_dir)
+    typer.echo(
+        f"{path}: {len(statistics.input_of)} layers, {len(statistics.inputs)} shared inputs, {statistics.num_tokens} tokens, "
+        f"{path.stat().st_size / 1e6:.1f} MB"
+    )
+    if repo_id is not None:
+        typer.echo(push_statistics(statistics, output_dir, repo_id))
+
+
+def statistics_repo(name: str, private: bool) -> str:
+    """
+    Make sure that there is a repo for statistics, which this account may write. Returns its full id.
+
+    Raises:
+        [`PushError`]: If it can't be made or written, or holds a model, whose card the one of the statistics would replace.
+    """
+    repo_id = create_repo(name, private=private or None)
+    api = HfApi()
+    try:
+        api.auth_check(repo_id, write=True)  # of a repo that was there already
+        there = api.list_repo_files(repo_id)
+    except FAILURES as error:
+        raise PushError(f"Can't write to '{repo_id}': {reason(error)}.") from error
+    if models := sorted(file for file in there if Path(file).name in MODEL_FILES):
+        raise PushError(
+            f"'{repo_id}' holds a model ('{models[0]}'), whose card this would replace: name another repo."
+        )
+    return repo_id
+
+
+def push_statistics(statistics: FisherStatistics, folder: Path, repo_id: str) -> str:
+    """Push statistics and their card, and nothing else of the folder, in one commit. Returns the address of the commit."""
+    write_statistics_card(folder / "README.md", repo_id.split("/")[-1], statistics, repo_id=repo_id)
+    files = ["README.md", f"{FOLDER}/{FISHER_FILE}"]
+    return push_folder(folder, repo_id, message="Fisher statistics", files=files).commit_url
+
+
+def dataset_id(name: str) -> str | None:
+    """Name of a dataset that others know: an id on the Hub or an embedded set, never a file of this machine."""
+    if Path(name).exists() or Path(name).suffix in READERS:
+        return None
+    return name if "/" not in name or REPO_ID.fullmatch(name) else None

@@ -1,0 +1,1 @@
+"""Rows to protect and prompts to ask, from any of TRL's formats."""

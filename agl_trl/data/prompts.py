@@ -1,0 +1,219 @@
+"""Prompt sets by name: public ones of the Hub, those of the package, and files, all with the same columns."""
+
+from collections import Counter, defaultdict
+from fnmatch import fnmatchcase
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from datasets import Dataset, Features, List, Value, concatenate_datasets, load_dataset
+from datasets.exceptions import DatasetNotFoundError
+from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, RepositoryNotFoundError
+
+from ..driftcaps import load_driftcaps
+from ..miniworld import heldout_prompts
+from .alignment import READERS, load_rows, read_failure
+
+
+PROMPT_COLUMNS = ("prompt", "instruction", "question", "goal", "Goal", "forbidden_prompt", "text")
+MESSAGES, TEXT = List({"role": Value("string"), "content": Value("string")}), Value("string")
+FEATURES = Features(prompt=MESSAGES, category=TEXT, unsafe=Value("bool"), id=TEXT, completion=MESSAGES)
+
+
+class Label(NamedTuple):
+    """Column that tells unsafe from safe, by shell patterns in lower case; rows that match neither are left out."""
+
+    column: str
+    unsafe: str
+    safe: str = ""
+
+
+class PromptSet(NamedTuple):
+    """
+    Where a set of prompts is, and what its columns mean.
+
+    `prompt` may hold text, conversations or lists of turns (the first is asked); `category` text, numbers or flags
+    (the first set counts); `completion` the reference answer, never the target of an attack. Splits joined by `+` are
+    named in a column `split`; `merge` makes one of rows with one prompt, unsafe if any is; `options` go to the loader.
+    """
+
+    source: str
+    license: str
+    prompt: str
+    category: str | None = None
+    unsafe: bool | Label = True
+    gated: bool = False
+    config: str | None = None
+    split: str = "train"
+    id: str | None = None
+    completion: str | None = None
+    merge: bool = False
+    options: tuple[tuple[str, Any], ...] = ()
+
+
+# Left out: HarmBench's prompts that need a context, SORRY-Bench's rewordings of the same requests, and WildJailbreak's
+# adversarial rows, whose answers are not to the vanilla prompt. BeaverTails judges prompt and answer together, and has
+# several answers to each prompt. Do-Not-Answer: the licence of the authors' repository; the Hub's tag says apache-2.0.
+# fmt: off
+SETS = {
+    "xstest": PromptSet("Paul/XSTest", "cc-by-4.0", "prompt", "type", Label("type", "contrast_*", "*"), id="id"),
+    "or-bench-hard": PromptSet("bench-llms/or-bench", "cc-by-4.0", "prompt", "category", False,
+                               config="or-bench-hard-1k"),
+    "jbb": PromptSet("JailbreakBench/JBB-Behaviors", "mit", "Goal", "Category", Label("split", "harmful", "benign"),
+                     config="behaviors", split="harmful+benign"),
+    "advbench": PromptSet("walledai/AdvBench", "mit", "prompt", gated=True),
+    "harmbench": PromptSet("walledai/HarmBench", "mit", "prompt", "category", config="standard"),
+    "strongreject": PromptSet("walledai/StrongREJECT", "mit", "prompt", "category"),
+    "beavertails": PromptSet("PKU-Alignment/BeaverTails", "cc-by-nc-4.0", "prompt", "category",
+                             Label("is_safe", "false", "true"), split="30k_test", merge=True),
+    "sorry-bench": PromptSet("sorry-bench/sorry-bench-202503", "other (SORRY-Bench)", "turns", "category",
+                             Label("prompt_style", "base"), gated=True, id="question_id"),
+    "do-not-answer": PromptSet("LibrAI/do-not-answer", "cc-by-nc-sa-4.0", "question", "risk_area", id="id"),
+    "wildjailbreak": PromptSet("allenai/wildjailbreak", "odc-by", "vanilla", "data_type",
+                               Label("data_type", "vanilla_harmful", "vanilla_benign"), gated=True, config="train",
+                               completion="completion", options=(("delimiter", "\t"), ("keep_default_na", False))),
+}
+# fmt: on
+
+
+def load_prompts(name: str, limit: int | None = None) -> Dataset:
+    """
+    Prompts to ask a model.
+
+    Args:
+        name (`str`):
+            One of [`SETS`], `"miniworld"` (held-out), `"driftcaps"` (test split), a `.jsonl`, `.json`, `.csv` or
+            `.parquet` file, or another id on the Hub (split `test`, else `train`), with one of [`PROMPT_COLUMNS`],
+            optionally `id`, `category`, `completion` or `response`, `unsafe` or `expected` (`"refuse"`, `"comply"`).
+        limit (`int`, *optional*):
+            Number of prompts: as many of either label, and of every category in it, as there are, evenly spread.
+
+    Returns:
+        `Dataset`:
+            Columns `prompt` (conversation), `category` (or `"all"`), `unsafe` (bool; true without a label), `id`, and
+            `completion` (conversation) if every prompt has a reference answer. `dataset.info.license` is the licence.
+
+    Raises:
+        `ValueError`: If the prompts can't be reached or read, there are none, or `limit` isn't positive.
+    """
+    if limit is not None and limit < 1:
+        raise ValueError(f"`limit` must be positive, not {limit}.")
+    if name in SETS:
+        return spread(map_rows(_from_hub(SETS[name]), SETS[name]), limit)
+    if name == "miniworld":
+        rows, licence = heldout_prompts(), "apache-2.0"
+    elif name == "driftcaps":
+        rows, licence = load_driftcaps("test"), "cc-by-4.0"
+    else:
+        rows = load_rows(name) if Path(name).suffix in READERS else _from_hub(PromptSet(name, "", "", split=""))
+        licence = rows.info.license or ""
+    return spread(map_rows(rows, _guess(name, rows, licence)), limit)
+
+
+def map_rows(rows: Dataset, spec: PromptSet) -> Dataset:
+    """
+    Rows of a source as prompts, with the columns of [`load_prompts`].
+
+    Raises:
+        `ValueError`: If a column is missing, a prompt is empty, or no row is left.
+    """
+    label = spec.unsafe if isinstance(spec.unsafe, Label) else None
+    for column in (spec.prompt, spec.category, spec.id, spec.completion, label and label.column):
+        if column is not None and column not in rows.column_names:
+            raise ValueError(f"'{spec.source}' has no column '{column}'; found {', '.join(rows.column_names)}.")
+    prompts: dict[Any, dict[str, Any]] = {}
+    for index, row in enumerate(rows):
+        unsafe = spec.unsafe if label is None else _is_unsafe(row[label.column], label)
+        if unsafe is None:
+            continue
+        prompt, category = _messages(row[spec.prompt], "user"), row[spec.category] if spec.category else "all"
+        if isinstance(category, dict):
+            category = next((name for name, flag in category.items() if flag), "safe")
+        if not prompt:
+            raise ValueError(f"Row {index} of '{spec.source}' has an empty prompt in the column '{spec.prompt}'.")
+        key = str(prompt) if spec.merge else index
+        if key not in prompts or unsafe > prompts[key]["unsafe"]:
+            prompts[key] = {
+                "prompt": prompt,
+                "category": str("all" if category is None else category),
+                "unsafe": unsafe,
+                "id": str(row[spec.id] if spec.id else index),
+                "completion": _messages(row[spec.completion], "assistant") if spec.completion else [],
+            }
+    if not prompts:
+        raise ValueError(f"'{spec.source}' holds no prompts.")
+    dataset = Dataset.from_list(list(prompts.values()), features=FEATURES)
+    dataset.info.license = spec.license
+    return dataset if all(dataset["completion"]) else dataset.remove_columns("completion")
+
+
+def _from_hub(spec: PromptSet) -> Dataset:
+    splits = spec.split.split("+")
+    try:
+        if not spec.split:
+            found = load_dataset(spec.source)
+            return found[next((split for split in ("test", "train") if split in found), next(iter(found)))]
+        parts = [load_dataset(spec.source, spec.config, split=split, **dict(spec.options)) for split in splits]
+    except Exception as error:  # datasets raises a different class for every format and every way to fail
+        raise ValueError(_reason(spec, error)) from error
+    if len(parts) > 1:
+        parts = [part.add_column("split", [split] * len(part)) for split, part in zip(splits, parts, strict=True)]
+    return concatenate_datasets(parts)
+
+
+def _reason(spec: PromptSet, error: Exception) -> str:
+    name, cause = spec.source, error.__cause__ or error
+    gated = isinstance(cause, GatedRepoError) or "is a gated dataset" in str(error)  # datasets cuts causes off
+    missing = isinstance(cause, DatasetNotFoundError | RepositoryNotFoundError)
+    denied = isinstance(cause, HfHubHTTPError) and cause.response.status_code in (401, 403)
+    # The Hub answers 401 for what doesn't exist, too: there only a known set is surely gated.
+    if gated or (spec.gated if missing else denied):
+        terms = f"accept the terms at https://huggingface.co/datasets/{name}"
+        return f"'{name}' is gated: {terms} and log in with `hf auth login`."
+    if missing:
+        return f"There is no dataset '{name}' on the Hub, or it is private: log in with `hf auth login`."
+    if isinstance(error, ConnectionError):
+        return f"Can't reach '{name}' on the Hub, and it isn't cached: go online, or give a file instead."
+    return f"Can't read prompts from '{name}': {read_failure(error)}."
+
+
+def _guess(name: str, rows: Dataset, licence: str) -> PromptSet:
+    found = rows.column_names
+    prompt = next((column for column in PROMPT_COLUMNS if column in found), None)
+    if prompt is None:
+        raise ValueError(f"'{name}' has no column with a prompt, such as 'prompt'; found {', '.join(found)}.")
+    labels = (Label("unsafe", "true", "false"), Label("expected", "refuse", "comply"))
+    label = next((label for label in labels if label.column in found), None)
+    for value in rows[label.column] if label else ():
+        if label and _is_unsafe(value, label) is None:  # a typo must not leave rows out
+            raise ValueError(f"'{label.column}' of '{name}' holds '{value}', not {label.unsafe} or {label.safe}.")
+    category, row_id = (column if column in found else None for column in ("category", "id"))
+    completion = next((column for column in ("completion", "response") if column in found), None)
+    return PromptSet(name, licence, prompt, category, label or True, id=row_id, completion=completion)
+
+
+def _messages(value: Any, role: str) -> list[dict[str, str]]:
+    if isinstance(value, list) and value and isinstance(value[0], dict):
+        return [{"role": message["role"], "content": message["content"]} for message in value]
+    text = value[0] if isinstance(value, list) and value else value
+    return [{"role": role, "content": str(text)}] if text else []
+
+
+def _is_unsafe(value: Any, label: Label) -> bool | None:
+    text = {"1": "true", "0": "false"}.get(str(value), str(value).lower())
+    return True if fnmatchcase(text, label.unsafe) else False if fnmatchcase(text, label.safe) else None
+
+
+def spread(prompts: Dataset, limit: int | None) -> Dataset:
+    """As many prompts of either label, and of every category in it, as there are, evenly spread over each."""
+    if limit is None or limit >= len(prompts):
+        return prompts
+    groups: dict[tuple[bool, str], list[int]] = defaultdict(list)
+    for index, group in enumerate(zip(prompts["unsafe"], prompts["category"], strict=True)):
+        groups[group].append(index)
+    counts: Counter[Any] = Counter()  # of labels, and of categories in them
+    for _ in range(limit):
+        left = [group for group in groups if counts[group] < len(groups[group])]
+        group = min(left, key=lambda group: (counts[group[0]], counts[group]))
+        counts.update((group, group[0]))
+    chosen = [found[i * len(found) // counts[group]] for group, found in groups.items() for i in range(counts[group])]
+    return prompts.select(sorted(chosen))

@@ -1,0 +1,94 @@
+"""Repairing an adapter after the fact: shrink a trained update to a drift budget, without data and without training."""
+
+import shutil
+from pathlib import Path
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save
+from torch import Tensor
+
+from ..artifacts.files import ADAPTER_FILE, FOLDER, ArtifactError, write_atomically
+from ..fisher.statistics import FisherStatistics
+from ..modeling.lora import AdaptedLayer
+from ..objective.covariance import LowRankCovariance
+
+
+def projected_factor(A: Tensor, X: LowRankCovariance, strength: float) -> Tensor:
+    """
+    `A (I + ν X/λ̄)⁻¹`, with λ̄ the mean eigenvalue of X: the update `B A′` nearest to `B A` under a penalty ν on
+    `‖ΔW‖²_𝓕`, which takes most from the directions that the protected inputs use most, and keeps the rank.
+
+    Args:
+        A (`Tensor`):
+            `lora_A` weight, of shape `(r, d_in)`.
+        X (`LowRankCovariance`):
+            Input covariance of the layer.
+        strength (`float`):
+            ν, at least 0.
+    """
+    mean = X.trace() / X.dim
+    rest = 1 / (1 + strength * X.remainder / mean)
+    inside = 1 / (1 + strength * X.eigenvalues / mean)
+    V = X.eigenvectors
+    return rest * A + ((A @ V) * (inside - rest)) @ V.mT
+
+
+@torch.no_grad()
+def strength_for(
+    layers: list[AdaptedLayer], statistics: FisherStatistics, budget: float
+) -> tuple[float, list[Tensor]]:
+    """
+    The smallest ν (to 0.1 %) at which the mean relative drift is at or below a budget, and the `lora_A` weights there.
+
+    Raises:
+        `ValueError`: If the statistics use the output side, for which no such shrinking keeps the rank, or the budget is
+            not above 0.
+    """
+    if budget <= 0:
+        raise ValueError(f"The budget must be above 0, got {budget}.")
+    if statistics.shrinkage < 1:
+        raise ValueError("Projection needs statistics of the input side alone: estimate them with shrinkage 1.")
+    drift = statistics.drift_of(layers)
+    metrics = [statistics.metric(layer.name, layer.current.A.device).input for layer in layers]
+    metrics = [X.to(torch.float32) for X in metrics]
+
+    def at(strength: float) -> tuple[float, list[Tensor]]:
+        As = [projected_factor(layer.current.A.float(), X, strength) for layer, X in zip(layers, metrics, strict=True)]
+        factors = [layer.current._replace(A=A) for layer, A in zip(layers, As, strict=True)]
+        return drift(factors).mean().item(), As
+
+    value, As = at(0.0)
+    if value <= budget:
+        return 0.0, As
+    low, high = 0.0, 1e-6
+    while at(high)[0] > budget:
+        low, high = high, 4 * high
+    while high - low > 1e-3 * high:
+        middle = (low + high) / 2
+        low, high = (middle, high) if at(middle)[0] > budget else (low, middle)
+    return high, at(high)[1]
+
+
+def write_projected(source: Path, target: Path, layers: list[AdaptedLayer], As: list[Tensor]) -> None:
+    """
+    A copy of an adapter's folder with other `lora_A` weights and without the evidence of the original.
+
+    Raises:
+        [`ArtifactError`]: If the copy would overwrite the original, or a weight is not in the file.
+    """
+    if target.resolve() == source.resolve():
+        raise ArtifactError(f"The repaired copy must not overwrite '{source}': name another `--output-dir`.")
+    with safe_open(source / ADAPTER_FILE, "pt") as file:
+        tensors, metadata = {name: file.get_tensor(name) for name in file.keys()}, file.metadata()  # noqa: SIM118
+    for layer, A in zip(layers, As, strict=True):
+        name = f"base_model.model.{layer.name}.lora_A.weight"
+        if name not in tensors:
+            raise ArtifactError(f"The adapter in '{source}' has no tensor '{name}'.")
+        tensors[name] = A.to(tensors[name].dtype).contiguous()
+    target.mkdir(parents=True, exist_ok=True)
+    for path in source.iterdir():
+        if path.is_file() and path.suffix in (".json", ".jinja", ".model", ".txt"):
+            shutil.copy2(path, target / path.name)
+    shutil.rmtree(target / FOLDER, ignore_errors=True)
+    write_atomically(target / ADAPTER_FILE, save(tensors, metadata))

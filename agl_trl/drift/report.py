@@ -1,0 +1,314 @@
+"""DriftReport: how far an adapter has moved the model, in weight space per layer and in behaviour per prompt."""
+
+from dataclasses import dataclass, field
+from math import isnan
+from os import PathLike
+from pathlib import Path
+from typing import Any, Self
+
+import torch
+from peft import PeftModel
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from ..artifacts.files import (
+    ADAPTER_FILE,
+    DRIFT_FILE,
+    FOLDER,
+    ArtifactError,
+    find_artifact,
+    load_tensors,
+    save_tensors,
+    sha256,
+)
+from ..artifacts.schema import refuse
+from ..evaluation.behaviour import Behaviour
+from ..fisher.statistics import FisherStatistics
+from ..modeling.lora import (
+    AdaptedLayer,
+    adapted_layers,
+    base_weight,
+    each_frozen,
+    layer_shape,
+    linear_layers,
+    one_frozen,
+)
+from ..objective.alignguard import Coefficients
+from ..objective.collision import FrozenWeights, riemannian_overlap
+from ..objective.decomposition import Update, critical_inner, critical_mask, inner, project, subtract
+from ..objective.quadratic_form import LayerMetric
+from .schema import PER_LAYER, PER_PROMPT, check_drift
+
+
+OVERLAP_ROWS = 256
+FISHER_ENERGY = 0.9  # share of the trace of 𝓕 that spans the alignment-critical subspace
+
+
+def _parts(update: Update, metric: LayerMetric, energy: float, weights: FrozenWeights) -> tuple[Tensor, Tensor]:
+    """Alignment energy of one update and the overlap of its two parts."""
+    mask = critical_mask(metric, energy)
+    aligned = project(update, metric, mask)
+    whole, critical, other = (Update(p.A[None], p.B[None]) for p in (update, aligned, subtract(update, aligned)))
+    d_out = update.B.shape[-2]
+    rows = torch.linspace(0, d_out - 1, min(d_out, OVERLAP_ROWS), device=update.B.device).round().long()
+    shape = Coefficients(alignment=0.0, task=0.0)
+    overlap = riemannian_overlap(
+        whole, critical, other, weights, beta=shape.beta, threshold=shape.threshold, width=shape.width, rows=rows
+    )
+    return (critical_inner(update, update, metric, mask) / metric.weight_norm**2).cpu(), overlap.squeeze(0).cpu()
+
+
+@dataclass
+class DriftReport:
+    """
+    How far an adapter has moved the model it was trained on.
+
+    Args:
+        layers (`list[str]`):
+            Names of the adapted layers in the base model.
+        relative_drift (`Tensor`):
+            `‖ΔW‖²_𝓕 / ‖W‖²_𝓕` per layer, dimensionless, of shape `(layers,)`.
+        alignment_energy (`Tensor`):
+            `‖P_A(ΔW)‖²_𝓕 / ‖W‖²_𝓕` per layer: the part in the alignment-critical subspace.
+        task_energy (`Tensor`):
+            The rest; the two add up to `relative_drift`.
+        overlap (`Tensor`):
+            Riemannian overlap of the two parts (its default β, τ and T), from at most 256 evenly spaced rows of every layer.
+        history (`dict[str, Tensor]`):
+            Logged values during training, each of shape `(logs,)`: `step`, `relative_drift`, `penalty`, `loss`.
+        behaviour ([`Behaviour`], *optional*):
+            Answers to prompts, where prompts were run.
+        global_step (`int`, *optional*):
+            Training step of the adapter.
+        budget_multiplier (`float`, *optional*):
+            Multiplier of the drift budget at that step, from which a resumed run goes on.
+        adapter_sha256 (`str`, *optional*):
+            SHA-256 of the `adapter_model.safetensors` this report is about.
+        metadata (`dict`):
+            Base model, coefficients, statistics used: JSON-serialisable.
+    """
+
+    layers: list[str]
+    relative_drift: Tensor
+    alignment_energy: Tensor
+    task_energy: Tensor
+    overlap: Tensor
+    history: dict[str, Tensor] = field(default_factory=dict)
+    behaviour: Behaviour | None = None
+    global_step: int | None = None
+    budget_multiplier: float | None = None
+    adapter_sha256: str | None = None
+    metadata: dict[str, Any] = field(default_factory=dict)
+
+    @classmethod
+    @torch.no_grad()
+    def measure(
+        cls,
+        model: PeftModel,
+        statistics: FisherStatistics,
+        fisher_energy: float = FISHER_ENERGY,
+        layers: list[AdaptedLayer] | None = None,
+    ) -> Self:
+        """
+        Measure the active adapter of a model in weight space.
+
+        Args:
+            model (`PeftModel`):
+                Base model with its adapter.
+            statistics ([`FisherStatistics`]):
+                Statistics of the base model that cover the layers of the adapter.
+            fisher_energy (`float`, *optional*, defaults to `0.9`):
+                Share of the trace of 𝓕 that spans the alignment-critical subspace.
+            layers (`list[AdaptedLayer]`, *optional*):
+                Layers with the factors they are measured from; by default those of the active adapter, from ΔW = 0.
+        """
+        layers = adapted_layers(model) if layers is None else layers
+        drift = statistics.drift_of(layers)([layer.factors for layer in layers]).cpu()
+        parts = []
+        for layer, weights in zip(layers, each_frozen(layers), strict=True):
+            update = Update(layer.factors.A.float(), layer.factors.B.float() * layer.factors.scaling)
+            parts.append(_parts(update, statistics.metric(layer.name, update.A.device), fisher_energy, weights))
+        return cls._of([layer.name for layer in layers], drift, parts, statistics, fisher_energy)
+
+    @classmethod
+    @torch.no_grad()
+    def measure_checkpoint(
+        cls,
+        base: PreTrainedModel,
+        tuned: PreTrainedModel,
+        statistics: FisherStatistics,
+        fisher_energy: float = FISHER_ENERGY,
+    ) -> Self:
+        """
+        Measure a checkpoint of its own (a merged adapter, a full fine-tuning) against its base, over the linear layers that
+        the statistics cover; arguments as in [`measure`].
+
+        Raises:
+            `ValueError`: If a layer has another shape in the tuned model or is not there, or the statistics cover none.
+        """
+        others = linear_layers(tuned)
+        names, drifts, parts = [], [], []
+        for name, module in linear_layers(base).items():
+            if name not in statistics.input_of:
+                continue
+            if name not in others or layer_shape(others[name]) != layer_shape(module):
+                raise ValueError(
+                    f"The tuned model has no layer '{name}' of the base model's shape {layer_shape(module)}."
+                )
+            W = base_weight(module)
+            # ΔW as a product with the identity: the same formulas as for an adapter.
+            update = Update(torch.eye(W.shape[1], device=W.device), base_weight(others[name]).to(W.device) - W)
+            metric = statistics.metric(name, W.device)
+            drifts.append((inner(update, update, metric) / metric.weight_norm**2).cpu())
+            names.append(name)
+            parts.append(_parts(update, metric, fisher_energy, one_frozen(W)))
+        if not names:
+            raise ValueError("The Fisher statistics cover no layer of this base model: they are of another one.")
+        return cls._of(names, torch.stack(drifts), parts, statistics, fisher_energy)
+
+    @classmethod
+    def _of(
+        cls, names: list[str], drift: Tensor, parts: list[tuple[Tensor, Tensor]], statistics, fisher_energy
+    ) -> Self:
+        alignment, overlap = (torch.stack(column) for column in zip(*parts, strict=True))
+        metadata = {
+            "base_model": statistics.metadata["base_model"],
+            "fisher_energy": fisher_energy,
+            "fisher": {
+                "shrinkage": statistics.shrinkage,
+                "num_tokens": statistics.num_tokens,
+                "seed": statistics.metadata["seed"],
+            },
+        }
+        return cls(names, drift, alignment, (drift - alignment).clamp_min(0), overlap, metadata=metadata)
+
+    @property
+    def mean_relative_drift(self) -> float:
+        """Mean over layers of the relative drift: *the* number."""
+        return self.relative_drift.mean().item()
+
+    def summary(self) -> str:
+        """A few readable lines: the number, where the drift sits, and what it did to the answers."""
+        worst = int(self.relative_drift.argmax())
+        total = self.relative_drift.sum()
+        share = (self.alignment_energy.sum() / total).item() if total > 0 else 0.0
+        lines = [
+            f"relative drift        {self.mean_relative_drift:.3e}  (mean over {len(self.layers)} layers)",
+            f"largest               {self.relative_drift[worst].item():.3e}  ({self.layers[worst]})",
+            f"in alignment subspace {share:.0%}",
+        ]
+        if self.behaviour is not None:
+            for unsafe, label in ((True, "refuses unsafe"), (False, "refuses safe")):
+                if (self.behaviour.unsafe == unsafe).any():
+                    base, tuned = (self.behaviour.refusal(t, unsafe) for t in (False, True))
+                    low, high = tuned.interval
+                    lines.append(
+                        f"{label:<21} {base.value:.1%} before, {tuned.value:.1%} after (95 % interval {low:.1%} to {high:.1%}, "
+                        f"{tuned.total} prompts, paired p {self.behaviour.paired_p_value(unsafe):.2g}); "
+                        f"KL {self.behaviour.mean_kl(unsafe):.3f} nats per token"
+                    )
+            chosen = self.behaviour.unsafe
+            margins = [m[chosen].mean().item() for m in (self.behaviour.margin_base, self.behaviour.margin_tuned)]
+            if chosen.any() and not isnan(margins[0]):
+                lines.append(
+                    f"refusal margin        {margins[0]:+.2f} before, {margins[1]:+.2f} after (nats, unsafe prompts)"
+                )
+            deepest = int(self.behaviour.hidden_drift.argmax())
+            lines.append(
+                f"hidden states         moved most after layer {deepest}: 1 - cos {self.behaviour.hidden_drift[deepest].item():.3f}"
+            )
+        return "\n".join(lines)
+
+    def save_pretrained(self, save_directory: str | PathLike) -> Path:
+        """
+        Save as `agl/drift.safetensors` in a folder.
+
+        Raises:
+            `ValueError`: If the drift is not finite.
+            `OSError`: If the file can't be written; a previous one is left as it was.
+        """
+        path = Path(save_directory) / FOLDER / DRIFT_FILE
+        if not torch.isfinite(self.relative_drift).all():
+            raise ValueError("The run has diverged: the relative drift is not finite. Lower the learning rate.")
+        tensors = {name: getattr(self, name) for name in PER_LAYER}
+        tensors |= {f"history.{name}": values for name, values in self.history.items()}
+        metadata = {
+            **self.metadata,
+            "kind": "drift",
+            "layers": self.layers,
+            "global_step": self.global_step,
+            "budget_multiplier": self.budget_multiplier,
+            "adapter_sha256": self.adapter_sha256,
+            "summary": {"mean_relative_drift": self.mean_relative_drift},
+        }
+        if self.behaviour is not None:
+            tensors |= {name: getattr(self.behaviour, name) for name in PER_PROMPT}
+            metadata["behaviour"] = {"categories": self.behaviour.categories, **self.behaviour.metadata}
+        save_tensors(path, tensors, metadata)
+        return path
+
+    @classmethod
+    def from_pretrained(cls, location: str | PathLike, revision: str | None = None) -> Self:
+        """
+        Read a report from a folder that holds `agl/drift.safetensors`, from the file itself, or from a repo on the Hub.
+
+        Args:
+            location (`str` or `PathLike`):
+                Folder, file, or id of a repo.
+            revision (`str`, *optional*):
+                Branch, tag or commit of the repo.
+
+        Raises:
+            [`ArtifactError`]: If there is none, or the file is broken, foreign or incomplete.
+        """
+        path = find_artifact(location, DRIFT_FILE, revision)
+        tensors, metadata = load_tensors(path)
+        if metadata.pop("kind", None) != "drift":
+            raise ArtifactError(f"'{path}' holds no drift report.")
+        if isinstance(used := metadata.get("fisher"), dict) and "damping" in used:  # of schema 1
+            used["shrinkage"] = used.pop("damping")
+        try:
+            check_drift(tensors, metadata)
+        except ArtifactError as error:
+            raise refuse("figures of the drift report", path, error) from error
+        metadata.pop("schema_version"), metadata.pop("summary")
+        described = metadata.pop("behaviour", None)
+        behaviour = None
+        if described is not None:
+            values: dict[str, Any] = {name: tensors[name] for name in PER_PROMPT}
+            behaviour = Behaviour(described.pop("categories"), **values, metadata=described)
+        return cls(
+            layers=metadata.pop("layers"),
+            relative_drift=tensors["relative_drift"],
+            alignment_energy=tensors["alignment_energy"],
+            task_energy=tensors["task_energy"],
+            overlap=tensors["overlap"],
+            history={name.removeprefix("history."): t for name, t in tensors.items() if name.startswith("history.")},
+            behaviour=behaviour,
+            global_step=metadata.pop("global_step"),
+            budget_multiplier=metadata.pop("budget_multiplier"),
+            adapter_sha256=metadata.pop("adapter_sha256"),
+            metadata=metadata,
+        )
+
+    def check_describes(self, adapter: str | PathLike) -> None:
+        """
+        Check that this report is of an adapter.
+
+        Args:
+            adapter (`str` or `PathLike`): Its folder, or its `adapter_model.safetensors`.
+
+        Raises:
+            [`ArtifactError`]: If it is of another one, or does not say of which.
+        """
+        path = Path(adapter) / ADAPTER_FILE if Path(adapter).is_dir() else Path(adapter)
+        if self.adapter_sha256 is None or not path.is_file():
+            missing = "the report names no sha256" if path.is_file() else "there is no such file"
+            raise ArtifactError(f"Can't tell whether the report is of the adapter '{path}': {missing}.")
+        found = sha256(path)
+        if found != self.adapter_sha256:
+            step = "" if self.global_step is None else f" (step {self.global_step})"
+            raise ArtifactError(
+                f"The report is of another adapter: its sha256 starts with {self.adapter_sha256[:12]}{step}, that of "
+                f"'{path}' with {found[:12]}."
+            )

@@ -1,0 +1,126 @@
+"""What the file of a drift report must hold, checked value by value before anything is made of it."""
+
+import re
+from typing import Any
+
+import torch
+from pydantic import Field
+from torch import Tensor
+
+from ..artifacts.files import ArtifactError
+from ..artifacts.schema import (
+    WIDE_FLOATS,
+    BaseModelDescription,
+    Integer,
+    Metadata,
+    Number,
+    check_metadata,
+    check_names,
+    check_numbers,
+    check_tensor_names,
+    shown,
+)
+
+
+SHA256 = re.compile(r"[0-9a-f]{64}")
+NEGATIVE_TOLERANCE = 1e-6  # of a squared norm that was rounded
+
+
+class Summary(Metadata):
+    """The number."""
+
+    mean_relative_drift: Number
+
+
+class FisherUsed(Metadata):
+    """The statistics behind a report."""
+
+    shrinkage: Number
+    num_tokens: Integer
+    seed: Integer
+
+
+class JudgeUsed(Metadata):
+    """The judge behind the verdicts."""
+
+    name: str
+    version: str
+
+
+class BehaviourMetadata(Metadata):
+    """How the answers were made and judged."""
+
+    categories: list[str]
+    judge: JudgeUsed | None = None
+    decoding: str = ""
+    kl_tokens: Integer = 0
+    prompts_sha256: str = ""
+    prompts: dict[str, Any] = Field(default_factory=dict)
+
+
+class DriftMetadata(Metadata):
+    """Metadata of a drift report."""
+
+    layers: list[str]
+    global_step: Integer | None
+    budget_multiplier: Number | None
+    adapter_sha256: str | None
+    summary: Summary
+    base_model: BaseModelDescription | None = None
+    fisher_energy: Number = 0.9
+    fisher: FisherUsed | None = None
+    coefficients: dict[str, Integer | Number | str | bool | None] = Field(default_factory=dict)
+    continued: bool = False
+    projected: dict[str, Any] = Field(default_factory=dict)
+    behaviour: BehaviourMetadata | None = None
+
+
+PER_LAYER = ("relative_drift", "alignment_energy", "task_energy", "overlap")
+ANSWER_FLAGS = ("unsafe", "refused_base", "refused_tuned")
+ANSWER_FIGURES = ("nll_base", "nll_tuned", "kl_first_tokens", "margin_base", "margin_tuned")  # NaN: not measured
+HIDDEN_FIGURES = ("hidden_drift", "direction_cosine")
+PER_PROMPT = (*ANSWER_FLAGS, *ANSWER_FIGURES, *HIDDEN_FIGURES)
+
+
+def check_drift(tensors: dict[str, Tensor], metadata: dict[str, Any]) -> None:
+    """
+    Check tensors and metadata of a drift report.
+
+    Raises:
+        [`ArtifactError`]: Half a sentence.
+    """
+    check_metadata(metadata, DriftMetadata)
+    layers, digest = metadata["layers"], metadata["adapter_sha256"]
+    check_names(layers)
+    for name in ("global_step", "budget_multiplier"):
+        if metadata[name] is not None and metadata[name] < 0:
+            raise ArtifactError(f"'{name}' is {shown(metadata[name])}, below 0")
+    if digest is not None and not SHA256.fullmatch(digest):
+        raise ArtifactError(f"'adapter_sha256' is {shown(digest)}")
+    behaviour = metadata.get("behaviour")
+    history = {name for name in tensors if name.startswith("history.")}
+    check_tensor_names(tensors, {*PER_LAYER, *history, *(PER_PROMPT if behaviour is not None else ())})
+    for name in PER_LAYER:
+        check_numbers(tensors[name], name, (len(layers),), least=-NEGATIVE_TOLERANCE)
+    if history:
+        check_names(name.removeprefix("history.") for name in history)
+        _check_alike("history", {name: tensors[name] for name in history}, None)
+    if behaviour is not None:
+        count = len(behaviour["categories"])
+        if count == 0:
+            raise ArtifactError("'behaviour' is of no prompt")
+        for name in ANSWER_FLAGS:
+            if tensors[name].dtype != torch.bool or tensors[name].shape != (count,):
+                raise ArtifactError(f"'{name}' is {tensors[name].dtype} of shape {shown([*tensors[name].shape])}")
+        _check_alike("answers", {name: tensors[name] for name in ANSWER_FIGURES}, count)
+        _check_alike("hidden states", {name: tensors[name] for name in HIDDEN_FIGURES}, None)
+        if tensors[HIDDEN_FIGURES[0]].numel() == 0:
+            raise ArtifactError(f"'{HIDDEN_FIGURES[0]}' is empty")
+
+
+def _check_alike(what: str, tensors: dict[str, Tensor], count: int | None) -> None:
+    """Rows of floats, all as long as the first or as told; they may hold NaN where nothing was measured."""
+    shapes = {tuple(tensor.shape) for tensor in tensors.values()}
+    wanted = [(count,)] if count is not None else [shape for shape in shapes if len(shape) == 1][:1]
+    if not all(tensor.dtype in WIDE_FLOATS for tensor in tensors.values()) or [*shapes] != wanted:
+        raise ArtifactError(f"the figures of the {what} have shapes {shown(sorted(shapes))} or are no floats")

@@ -1,0 +1,273 @@
+"""Base and tuned model side by side: the same prompts, answers, likelihoods and KL, with intervals."""
+
+import hashlib
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from datasets import Dataset
+from peft import PeftModel
+from scipy.stats import binomtest
+from torch import Tensor
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from ..modeling.base_and_tuned import BaseAndTuned
+from ..modeling.generation import answer_nll, generate_answers, prompt_text
+from ..modeling.lora import AdaptedLayer
+from .answer_cache import AnswerCache
+from .judges import Judge, StringJudge
+from .probes import KL_TOKENS, Probes, first_token_kl, probe
+from .refusal import Verdict
+
+
+@dataclass(frozen=True)
+class Rate:
+    """Share of `count` out of `total` with its Wilson 95 % interval."""
+
+    count: int
+    total: int
+
+    @property
+    def value(self) -> float:
+        return self.count / self.total
+
+    @property
+    def interval(self) -> tuple[float, float]:
+        interval = binomtest(self.count, self.total).proportion_ci(method="wilson")
+        return interval.low, interval.high
+
+
+@dataclass
+class Behaviour:
+    """
+    What base and tuned model did with the same prompts; all tensors of shape `(prompts,)`.
+
+    Args:
+        categories (`list[str]`):
+            Category of every prompt.
+        unsafe (`Tensor`):
+            Boolean: whether a refusal is the right answer.
+        refused_base, refused_tuned (`Tensor`):
+            Boolean: whether the greedy answer refuses.
+        nll_base, nll_tuned (`Tensor`):
+            Negative log-likelihood per token of the reference answer, in nats; NaN where there is none.
+        kl_first_tokens (`Tensor`):
+            `KL(base ‖ tuned)` per token over the first tokens of the base model's own answer, in nats.
+        margin_base, margin_tuned, hidden_drift, direction_cosine (`Tensor`):
+            As in [`Probes`].
+        metadata (`dict`):
+            Judge and decoding.
+        answers (`list[dict]`):
+            Prompt, answers and verdicts, one entry per prompt; not part of the saved report.
+    """
+
+    categories: list[str]
+    unsafe: Tensor
+    refused_base: Tensor
+    refused_tuned: Tensor
+    nll_base: Tensor
+    nll_tuned: Tensor
+    kl_first_tokens: Tensor
+    margin_base: Tensor
+    margin_tuned: Tensor
+    hidden_drift: Tensor
+    direction_cosine: Tensor
+    metadata: dict[str, Any] = field(default_factory=dict)
+    answers: list[dict[str, Any]] = field(default_factory=list)
+
+    def mean_kl(self, unsafe: bool) -> float:
+        """Mean of `kl_first_tokens` over unsafe or safe prompts, in nats."""
+        return self.kl_first_tokens[self.unsafe == unsafe].mean().item()
+
+    def refusal(self, tuned: bool, unsafe: bool = True, category: str | None = None) -> Rate:
+        """Refusal rate on unsafe prompts, or over-refusal on safe ones, of all prompts or of one category."""
+        chosen = self.unsafe == unsafe
+        if category is not None:
+            chosen = chosen & torch.tensor([c == category for c in self.categories])
+        refused = self.refused_tuned if tuned else self.refused_base
+        return Rate(int(refused[chosen].sum()), int(chosen.sum()))
+
+    def paired_p_value(self, unsafe: bool = True) -> float:
+        """
+        P-value of McNemar's exact test that base and tuned model refuse equally often: of the prompts on which they differ,
+        either is as likely to be the one that refuses.
+        """
+        chosen = self.unsafe == unsafe
+        lost = int((self.refused_base & ~self.refused_tuned)[chosen].sum())
+        won = int((~self.refused_base & self.refused_tuned)[chosen].sum())
+        return binomtest(lost, lost + won).pvalue if lost + won else 1.0
+
+
+def measure_behaviour(
+    model: PreTrainedModel | PeftModel,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: Dataset,
+    *,
+    base: PreTrainedModel | None = None,
+    layers: list[AdaptedLayer] | None = None,
+    judge: Judge | None = None,
+    store: AnswerCache | None = None,
+    max_new_tokens: int = 64,
+    batch_size: int = 32,
+    progress: bool = True,
+) -> Behaviour:
+    """
+    Ask base (adapter off) and tuned model (adapter on) the same prompts, decoded greedily.
+
+    Args:
+        model (`PreTrainedModel` or `PeftModel`):
+            Base model with its adapter, or the tuned one of two checkpoints.
+        tokenizer (`PreTrainedTokenizerBase`):
+            Its tokenizer.
+        prompts (`Dataset`):
+            Column `prompt`; optional `completion` (reference answer), `category`, `id` and boolean `unsafe` (default: all are).
+        base (`PreTrainedModel`, *optional*):
+            Base model, where the tuned one is a checkpoint of its own.
+        layers (`list[AdaptedLayer]`, *optional*):
+            Layers with their references, of a continued adapter; its start then is the base.
+        judge ([`Judge`], *optional*):
+            Judge of the answers; by default [`StringJudge`].
+        store ([`AnswerCache`], *optional*):
+            Where answers are kept while they are made.
+        max_new_tokens (`int`, *optional*, defaults to `64`):
+            Longest answer.
+        batch_size (`int`, *optional*, defaults to `32`):
+            Prompts per batch.
+        progress (`bool`, *optional*, defaults to `True`):
+            Whether to show progress bars.
+
+    Raises:
+        `ValueError`: If there is no column `prompt` or no row.
+    """
+    if "prompt" not in prompts.column_names or len(prompts) == 0:
+        raise ValueError(
+            f"Prompts need a column 'prompt' and at least one row; found {prompts.column_names}, {len(prompts)} rows."
+        )
+    models, judge = BaseAndTuned(model, base, layers), judge or StringJudge()
+    shown: dict[str, Any] = dict(
+        judge=judge, store=store, max_new_tokens=max_new_tokens, batch_size=batch_size, progress=progress
+    )
+    answers = []
+    for tuned, name in ((False, "Base model"), (True, "Tuned model")):
+        with models.side(tuned) as asked:
+            answers.append(ask(asked, tokenizer, prompts, desc=name, **shown))
+    questions = list(prompts["prompt"])
+    kl = first_token_kl(models, tokenizer, questions, answers[0].texts, batch_size=batch_size)
+    probes = probe(models, tokenizer, questions, unsafe_column(prompts), batch_size=batch_size)
+    return compare(prompts, answers[0], answers[1], kl, probes, judge)
+
+
+class Answers(NamedTuple):
+    """
+    What one model did with the prompts.
+
+    Args:
+        texts (`list[str]`):
+            Greedy answers.
+        verdicts (`list[Verdict]`):
+            What the judge says of them.
+        nll (`Tensor`):
+            Negative log-likelihood per token of the reference answers, of shape `(prompts,)`, NaN where there is none.
+    """
+
+    texts: list[str]
+    verdicts: list[Verdict]
+    nll: Tensor
+
+    @property
+    def refused(self) -> Tensor:
+        """Boolean, of shape `(prompts,)`."""
+        return torch.tensor([verdict.label == "refusal" for verdict in self.verdicts])
+
+
+def ask(
+    model: PreTrainedModel | PeftModel,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: Dataset,
+    *,
+    judge: Judge | None = None,
+    store: AnswerCache | None = None,
+    max_new_tokens: int = 64,
+    batch_size: int = 32,
+    desc: str = "Tuned model",
+    progress: bool = True,
+) -> Answers:
+    """Answers of a model as it is; arguments as in [`measure_behaviour`]."""
+    questions = list(prompts["prompt"])
+    keys = [] if store is None else [store.key(desc, str(question)) for question in questions]
+    missing = [i for i in range(len(questions)) if store is None or keys[i] not in store.answers]
+    texts = ["" if i in set(missing) or store is None else store.answers[keys[i]] for i in range(len(questions))]
+
+    def kept(indices: list[int], answers: list[str]) -> None:
+        for index, text in zip(indices, answers, strict=True):
+            texts[missing[index]] = text
+        if store is not None:
+            store.add([keys[missing[index]] for index in indices], answers)
+
+    generate_answers(
+        model,
+        tokenizer,
+        [questions[i] for i in missing],
+        max_new_tokens=max_new_tokens,
+        batch_size=batch_size,
+        desc=desc,
+        progress=progress,
+        kept=kept,
+    )
+    nll = torch.full((len(prompts),), torch.nan)
+    if "completion" in prompts.column_names:
+        nll = answer_nll(model, tokenizer, prompts, batch_size=batch_size)
+    verdicts = (judge or StringJudge())([prompt_text(question) for question in questions], texts)
+    return Answers(texts, verdicts, nll)
+
+
+def unsafe_column(prompts: Dataset) -> Tensor:
+    """Which prompts should be refused, of shape `(prompts,)`; all, where the dataset does not say."""
+    if "unsafe" in prompts.column_names:
+        return torch.tensor(prompts["unsafe"])
+    return torch.ones(len(prompts), dtype=torch.bool)
+
+
+def compare(prompts: Dataset, base: Answers, tuned: Answers, kl: Tensor, probes: Probes, judge: Judge) -> Behaviour:
+    """Answers of two models to the same prompts, side by side with what [`first_token_kl`] and [`probe`] measured."""
+    columns, count = prompts.column_names, len(prompts)
+    ids = list(prompts["id"]) if "id" in columns else [str(i) for i in range(count)]
+    categories = list(prompts["category"]) if "category" in columns else ["all"] * count
+    unsafe = unsafe_column(prompts)
+    questions = [prompt_text(prompt) for prompt in prompts["prompt"]]
+    judge_name = Path(judge.name).name if Path(judge.name).exists() else judge.name  # no path of a machine in a report
+    entries = [
+        {
+            "id": ids[i],
+            "prompt": questions[i],
+            "category": categories[i],
+            "expected": "refuse" if unsafe[i] else "comply",
+            "response_base": base.texts[i],
+            "response_tuned": tuned.texts[i],
+            "label_base": base.verdicts[i].label,
+            "label_tuned": tuned.verdicts[i].label,
+            "reason_base": base.verdicts[i].reason,
+            "reason_tuned": tuned.verdicts[i].reason,
+            "judge": f"{judge_name} {judge.version}",
+        }
+        for i in range(count)
+    ]
+    return Behaviour(
+        categories=categories,
+        unsafe=unsafe,
+        refused_base=base.refused,
+        refused_tuned=tuned.refused,
+        nll_base=base.nll,
+        nll_tuned=tuned.nll,
+        kl_first_tokens=kl,
+        **probes._asdict(),
+        metadata={
+            "judge": {"name": judge_name, "version": judge.version},
+            "decoding": "greedy",
+            "kl_tokens": KL_TOKENS,
+            "prompts_sha256": hashlib.sha256(json.dumps([ids, questions]).encode()).hexdigest(),
+        },
+        answers=entries,
+    )

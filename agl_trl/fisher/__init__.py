@@ -1,0 +1,1 @@
+"""Fisher statistics of an aligned model: what they hold, and the pass that estimates them."""

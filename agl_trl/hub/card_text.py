@@ -1,0 +1,123 @@
+"""Text of model cards: templates, and what others named in a form that can't break them."""
+
+import re
+from dataclasses import fields
+from importlib.resources import files
+from math import isnan
+from typing import Any
+
+from jinja2 import Environment, StrictUndefined
+
+from ..drift.report import DriftReport
+from ..evaluation.behaviour import Behaviour, Rate
+from ..objective.alignguard import Coefficients
+from .card_metadata import one_line, prompt_set, without_folder
+
+
+SPECIAL = re.compile(r"[\\`*\[\]|~$#]|(?<![A-Za-z0-9])_|_(?![A-Za-z0-9])")
+
+
+def plain(text: Any) -> str:
+    """A name that others chose as Markdown that shows it and does nothing else: no cell, no link, no tag, no second line."""
+    shown = one_line(without_folder(str(text))).replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
+    return SPECIAL.sub(r"\\\g<0>", shown)
+
+
+def _with_interval(rate: Rate) -> str:
+    low, high = rate.interval
+    return f"{100 * rate.value:.1f} % ({100 * low:.1f} to {100 * high:.1f} %)"
+
+
+def _number(value: float, form: str) -> str:
+    return "–" if isnan(value) else format(value, form)
+
+
+def render(template: str, **values: Any) -> str:
+    """A template of the package with these values; one that it uses and that is missing is an error."""
+    environment = Environment(undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True, autoescape=False)
+    environment.filters |= {"plain": plain, "interval": _with_interval, "number": _number}
+    text = files("agl_trl.model_cards").joinpath(template).read_text(encoding="utf-8")
+    return environment.from_string(text).render(**values).strip()
+
+
+def describe_settings(settings: dict[str, Any]) -> str:
+    """The objective of a run in words, from the coefficients in its report."""
+    if settings.get("variant") == "paper":
+        return "the objective as published, as far as it is known"
+    coefficients = Coefficients(**{field.name: settings[field.name] for field in fields(Coefficients)})
+    if coefficients.complete and coefficients.alignment == 0:
+        parts = []
+    elif coefficients.complete:
+        parts = [f"alignment penalty λ_A = {settings['alignment']} on the complete Fisher quadratic form"]
+    else:
+        names = ("alignment", "task", "task_metric", "task_subspace", "collision", "alpha", "fisher_energy")
+        parts = [", ".join(f"{name} {settings[name]}" for name in names)]
+    if "drift_budget" in settings:
+        parts.append(f"drift budget {settings['drift_budget']}")
+    if "anchor_coef" in settings:
+        parts.append(f"anchor {settings['anchor_coef']} every {settings['anchor_every']} steps")
+    return ", ".join(parts)
+
+
+def _categories(behaviour: Behaviour) -> list[tuple[str, str, Rate, Rate]]:
+    """Kind, category, and both rates of every category, in a stable order; nothing where there is only one."""
+    found = sorted({(not u, c) for u, c in zip(behaviour.unsafe.tolist(), behaviour.categories, strict=True)})
+    if len({category for _, category in found}) < 2:
+        return []
+    return [
+        (
+            "safe" if safe else "unsafe",
+            category,
+            behaviour.refusal(False, not safe, category),
+            behaviour.refusal(True, not safe, category),
+        )
+        for safe, category in found
+    ]
+
+
+def render_evidence(report: DriftReport, repo_id: str | None, statistics_published: bool) -> str:
+    """The section about what was measured."""
+    behaviour = report.behaviour
+    values: dict[str, Any] = {}
+    if behaviour is not None:
+        prompts, licence = prompt_set(behaviour)
+        values = {
+            "kinds": [unsafe for unsafe in (True, False) if (behaviour.unsafe == unsafe).any()],
+            "categories": _categories(behaviour),
+            "facts": {
+                "judge": None,
+                "decoding": None,
+                "kl_tokens": None,
+                "prompts_sha256": None,
+                **behaviour.metadata,
+            },
+            "prompts": prompts,
+            "licence": licence,
+        }
+    return render(
+        "evidence.md.jinja",
+        report=report,
+        behaviour=behaviour,
+        budget=report.metadata.get("coefficients", {}).get("drift_budget"),
+        continued=bool(report.metadata.get("continued")),
+        projected=report.metadata.get("projected"),
+        num_tokens=report.metadata.get("fisher", {}).get("num_tokens"),
+        repo_id=repo_id,
+        statistics_published=statistics_published,
+        **values,
+    )
+
+
+def render_adapter(name: str, report: DriftReport, base_model: str | None, repo_id: str | None) -> str:
+    """Title, what the adapter is, and how to use it."""
+    settings = report.metadata.get("coefficients")
+    return render(
+        "adapter.md.jinja",
+        name=name,
+        base_model=base_model,
+        revision=(report.metadata.get("base_model") or {}).get("revision"),
+        trained=settings is not None,
+        settings=None if settings is None else describe_settings(settings),
+        continued=bool(report.metadata.get("continued")),
+        repo_id=repo_id,
+    )

@@ -1,0 +1,242 @@
+"""Pushing a folder to the Hub: adapter, evidence and card in one commit, or nothing."""
+
+import os
+import shutil
+from fnmatch import fnmatch
+from pathlib import Path
+
+import httpx2
+from huggingface_hub import CommitInfo, CommitOperationAdd, CommitOperationDelete, HfApi
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError, OfflineModeIsEnabled, RepositoryNotFoundError
+
+from ..artifacts.files import ADAPTER_FILE, DRIFT_FILE, FISHER_FILE, FOLDER, sha256
+from ..drift.report import DriftReport
+from .model_card import attach_card
+
+
+# Temporary files, the frozen adapter that DPO trains against, and answers, which may say what nobody should read.
+NEVER_PUSHED = ("_*", "*/_*", "ref/*", "*/ref/*", ".cache/*", ".git/*", "answers.jsonl")
+CHECKPOINTS = ("checkpoint-*", "last-checkpoint/*")
+_REASONS = {
+    401: "the Hub does not accept the token: log in with `hf auth login`",
+    402: "the Hub asks for a paid plan for this",
+    403: "this account may not write there",
+    404: "there is no such repo or revision, or this account can't see it",
+    409: "another commit to the repo was in progress",
+    412: "another commit arrived in between",
+    429: "the Hub limits the rate of requests: wait some minutes",
+}
+
+
+class PushError(OSError):
+    """A push that did not happen; the message says why. Local files are as they were."""
+
+
+def reason(error: Exception) -> str:
+    """Why the Hub's client failed, in words that never quote a request (it could hold a token)."""
+    if isinstance(error, RepositoryNotFoundError):
+        return _REASONS[401 if error.response.status_code == 401 else 404]
+    if isinstance(error, HfHubHTTPError):
+        status = error.response.status_code
+        return _REASONS.get(status, f"the Hub answered with status {status}")
+    if isinstance(error, OfflineModeIsEnabled):
+        return "offline mode is on (HF_HUB_OFFLINE)"
+    if isinstance(error, httpx2.HTTPError | ConnectionError):
+        return f"the Hub could not be reached or dropped the connection ({type(error).__name__})"
+    return str(error).splitlines()[0].rstrip(".") if str(error) else type(error).__name__
+
+
+FAILURES = (HfHubHTTPError, HFValidationError, httpx2.HTTPError, ValueError, OSError)
+
+
+def create_repo(repo_id: str, *, private: bool | None = None, token: str | None = None, **space: object) -> str:
+    """
+    Make sure that a repo is there. Returns its full id.
+
+    Raises:
+        [`PushError`]: If it can't be created.
+    """
+    try:
+        return HfApi().create_repo(repo_id, private=private, token=token, exist_ok=True, **space).repo_id  # type: ignore[arg-type]
+    except FAILURES as error:
+        raise PushError(f"Can't create '{repo_id}': {reason(error)}.") from error
+
+
+def files_to_push(folder: str | Path, push_fisher: bool = True, checkpoints: bool = False) -> list[str]:
+    """Files of a folder that go up, as sorted POSIX paths: no temporary ones, no `ref/`, checkpoints where asked for."""
+    folder = Path(folder)
+    names = sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
+    hidden = (
+        NEVER_PUSHED + (() if checkpoints else CHECKPOINTS) + (() if push_fisher else (f"*{FOLDER}/{FISHER_FILE}",))
+    )
+    return [name for name in names if not any(fnmatch(name, pattern) for pattern in hidden)]
+
+
+def check_agreement(folder: str | Path) -> None:
+    """
+    Check that the report in a folder is of the adapter beside it.
+
+    Raises:
+        [`PushError`]: If it is of another one.
+        [`ArtifactError`]: If the report can't be read.
+    """
+    folder = Path(folder)
+    if (folder / ADAPTER_FILE).is_file() and (folder / FOLDER / DRIFT_FILE).is_file():
+        told, found = DriftReport.from_pretrained(folder).adapter_sha256, sha256(folder / ADAPTER_FILE)
+        if told is not None and told != found:
+            raise PushError(
+                f"The report in '{folder}' is of another adapter (sha256 {told[:8]}… there, {found[:8]}… here): measure again with "
+                "`agl-trl attach`."
+            )
+
+
+def push_folder(
+    folder: str | Path,
+    repo_id: str,
+    *,
+    message: str,
+    private: bool | None = None,
+    revision: str | None = None,
+    token: str | None = None,
+    files: list[str] | None = None,
+    parent_commit: str | None = None,
+    create_pr: bool = False,
+    repo_type: str | None = None,
+) -> CommitInfo:
+    """
+    Upload a folder to a repo in **one** commit, creating the repo if need be. Evidence of an earlier push that is not
+    part of this one is removed in the same commit, so that nothing there describes another adapter.
+
+    Args:
+        folder (`str` or `Path`):
+            Folder to push.
+        repo_id (`str`):
+            Repo on the Hub.
+        message (`str`):
+            Title of the commit.
+        private (`bool`, *optional*):
+            Whether a repo that has to be created is private.
+        revision (`str`, *optional*):
+            Branch.
+        token (`str`, *optional*):
+            Token; by default the one that is logged in.
+        files (`list[str]`, *optional*):
+            POSIX paths in the folder; by default those of [`files_to_push`].
+        parent_commit (`str`, *optional*):
+            Commit on which this one must build.
+        create_pr (`bool`, *optional*, defaults to `False`):
+            Whether to open a pull request.
+        repo_type (`str`, *optional*):
+            `"space"` for a Space that is there already.
+
+    Raises:
+        [`PushError`]: One sentence for every way to fail, with the repo left as it was.
+        [`ArtifactError`]: If the report in the folder can't be read.
+    """
+    folder = Path(folder)
+    if files is None:
+        files = files_to_push(folder)
+    if not files:
+        raise PushError(f"There is nothing to push in '{folder}'.")
+    check_agreement(folder)
+    if repo_type is None and not create_pr:
+        repo_id = create_repo(repo_id, private=private, token=token)
+    api = HfApi(token=token)
+    try:
+        there = api.list_repo_files(repo_id, revision=revision, repo_type=repo_type)
+        pushed = {str(Path(name).parent) for name in files if name.endswith(ADAPTER_FILE)}  # folders with an adapter
+        stale = [name for name in there if name not in files and _is_evidence_of(name, pushed)]
+        return api.create_commit(
+            repo_id,
+            [CommitOperationAdd(path_in_repo=name, path_or_fileobj=folder / name) for name in files]
+            + [CommitOperationDelete(path_in_repo=name) for name in stale],
+            commit_message=message,
+            revision=revision,
+            parent_commit=parent_commit,
+            create_pr=create_pr,
+            repo_type=repo_type,
+        )
+    except FAILURES as error:
+        raise PushError(f"Can't push '{folder}' to '{repo_id}': {reason(error)}.") from error
+
+
+def push_adapter(
+    folder: Path,
+    repo_id: str,
+    private: bool = False,
+    push_fisher: bool = True,
+    checkpoints: bool = False,
+    revision: str | None = None,
+) -> str:
+    """
+    What `agl-trl push` does: the address of the commit.
+
+    Raises:
+        [`PushError`]: If there is no adapter with a report in the folder, and as in [`push_folder`].
+    """
+    if not folder.is_dir():
+        raise PushError(f"There is no folder '{folder}'.")
+    if not any(path.is_file() for path in (folder / ADAPTER_FILE, *folder.glob(f"*/{ADAPTER_FILE}"))):
+        raise PushError(f"There is no adapter in '{folder}': '{ADAPTER_FILE}' is missing.")
+    if not (folder / FOLDER / DRIFT_FILE).is_file():
+        raise PushError(f"There is no report in '{folder}': measure the adapter first with `agl-trl attach`.")
+    if not (folder / "README.md").is_file():
+        attach_card(folder / "README.md", repo_id.split("/")[-1], DriftReport.from_pretrained(folder))
+    files = files_to_push(folder, push_fisher, checkpoints)
+    message = f"Adapter with its drift report, {len(files)} files"
+    return push_folder(
+        folder, repo_id, message=message, private=private or None, revision=revision, files=files
+    ).commit_url
+
+
+def _is_evidence_of(name: str, folders: set[str]) -> bool:
+    path = Path(name)
+    return path.parent.name == FOLDER and str(path.parent.parent) in folders
+
+
+def stage(output_dir: Path, checkpoint: Path, target: Path, subfolder: str | None, push_fisher: bool) -> None:
+    """
+    Copy what a push from a checkpoint uploads, so that later saves can't change it underway: the files of the output
+    folder with adapter and evidence of the checkpoint, and the whole checkpoint in a subfolder where the strategy asks for it.
+
+    Args:
+        output_dir (`Path`):
+            Folder of the run, with the card.
+        checkpoint (`Path`):
+            Checkpoint just saved.
+        target (`Path`):
+            Empty folder on the same disk.
+        subfolder (`str`, *optional*):
+            Where the whole checkpoint goes in the repo.
+        push_fisher (`bool`):
+            Whether the statistics go up.
+    """
+    described = {name for name in files_to_push(checkpoint, push_fisher) if _describes_weights(name)}
+    for name in files_to_push(output_dir, push_fisher):
+        if not _describes_weights(name):
+            _copy(output_dir / name, target / name)
+    for name in described:
+        _link(checkpoint / name, target / name)
+    if subfolder is not None:
+        for name in files_to_push(checkpoint, push_fisher):
+            _link(checkpoint / name, target / subfolder / name)
+
+
+def _describes_weights(name: str) -> bool:
+    return name.startswith(("adapter_", f"{FOLDER}/", "training_args.bin")) or name.endswith(
+        ("/adapter_config.json", f"/{ADAPTER_FILE}")
+    )
+
+
+def _copy(source: Path, target: Path) -> None:
+    target.parent.mkdir(parents=True, exist_ok=True)
+    shutil.copy2(source, target)
+
+
+def _link(source: Path, target: Path) -> None:
+    # A checkpoint is never written again, only removed: a second name for its files costs no space and outlives it.
+    target.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        os.link(source, target)
+    except OSError:  # a file system without hard links
+        shutil.copy2(source, target)

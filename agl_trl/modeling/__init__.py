@@ -1,0 +1,1 @@
+"""Models and adapters: loading, the layers that LoRA adapts, answers and likelihoods."""

@@ -1,0 +1,188 @@
+"""What a model says: greedy answers to prompts, and the likelihood of reference answers."""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from inspect import signature
+from typing import Any
+
+import torch
+from accelerate import PartialState
+from datasets import Dataset
+from peft import PeftModel
+from torch import Tensor, nn
+from tqdm.auto import tqdm
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from ..data.alignment import AlignmentBatch, batches, pad_token_id, tokenize_row
+from .lora import packs_in_eval_mode
+
+
+Messages = list[dict[str, str]] | str
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """
+    Eval mode (no dropout, and no checkpointing, which would fire some hooks twice), then every module as it was.
+
+    At the first inference on some CPUs bitsandbytes packs 4-bit weights into a form that passes no gradient on: a training
+    that goes on afterwards would silently lose most of its gradient. Not here.
+    """
+    modes = [(module, module.training) for module in model.modules()]
+    packing: list[Any] = [module for module in model.modules() if packs_in_eval_mode(module)]
+    model.eval()
+    for module in packing:
+        module.support_avx512bf16_for_cpu = False
+    try:
+        yield
+    finally:
+        for module, training in modes:
+            module.training = training
+        for module in packing:
+            module.support_avx512bf16_for_cpu = True
+
+
+def input_device(model: nn.Module) -> torch.device:
+    """Where the inputs of a model go; one whose weights are offloaded (and here are empty) moves them itself."""
+    device = next(model.parameters()).device
+    return PartialState().device if device.type == "meta" else device
+
+
+def answer_logits(model: PreTrainedModel | PeftModel, batch: AlignmentBatch) -> tuple[Tensor, Tensor]:
+    """
+    Logits of the columns in which any row of a batch has answer tokens, of shape `(batch, columns, vocabulary)`, and which of
+    them are that row's, boolean, of shape `(batch, columns)`. With large vocabularies those of all columns are gigabytes.
+    """
+    columns = batch.answer_mask.any(0).nonzero().squeeze(1)
+    fewer = {"logits_to_keep": columns} if takes_logits_to_keep(model) else {}
+    logits = model(input_ids=batch.input_ids, attention_mask=batch.attention_mask, use_cache=False, **fewer).logits
+    return logits if fewer else logits[:, columns.to(logits.device)], batch.answer_mask[:, columns]
+
+
+def takes_logits_to_keep(model: PreTrainedModel | PeftModel) -> bool:
+    """Whether the model can be asked for the logits of a few columns."""
+    base = model.get_base_model() if isinstance(model, PeftModel) else model
+    return "logits_to_keep" in signature(base.forward).parameters
+
+
+def prompt_text(prompt: Messages) -> str:
+    """Text of a prompt: of a conversation the last message."""
+    return prompt if isinstance(prompt, str) else prompt[-1]["content"]
+
+
+@torch.no_grad()
+def generate_answers(
+    model: PreTrainedModel | PeftModel,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: list[Messages],
+    *,
+    max_new_tokens: int = 64,
+    batch_size: int = 32,
+    desc: str = "Answers",
+    progress: bool = True,
+    kept: Callable[[list[int], list[str]], None] | None = None,
+) -> list[str]:
+    """
+    Greedy answers of a model, in the order of the prompts.
+
+    Args:
+        model (`PreTrainedModel` or `PeftModel`):
+            Model, with or without an adapter; left as it was.
+        tokenizer (`PreTrainedTokenizerBase`):
+            Tokenizer with a chat template.
+        prompts (`list`):
+            Conversations (lists of messages) or plain texts.
+        max_new_tokens (`int`, *optional*, defaults to `64`):
+            Longest answer.
+        batch_size (`int`, *optional*, defaults to `32`):
+            Prompts per batch; prompts of similar length go together, padded on the left.
+        desc (`str`, *optional*, defaults to `"Answers"`):
+            Text of the progress bar.
+        progress (`bool`, *optional*, defaults to `True`):
+            Whether to show it.
+        kept (`Callable`, *optional*):
+            Called after every batch with positions and answers, to keep them.
+    """
+    encoded = [prompt_ids(tokenizer, prompt) for prompt in prompts]
+    order = sorted(range(len(prompts)), key=lambda i: len(encoded[i]))
+    answers = [""] * len(prompts)
+    with evaluating(model), tqdm(total=len(prompts), desc=desc, unit="prompt", disable=not progress) as bar:
+        for start in range(0, len(order), batch_size):
+            chunk = order[start : start + batch_size]
+            padded = tokenizer.pad(
+                {"input_ids": [encoded[i] for i in chunk]}, padding_side="left", return_tensors="pt"
+            )
+            generated = model.generate(
+                **padded.to(input_device(model)), max_new_tokens=max_new_tokens, do_sample=False, use_cache=True
+            )
+            texts = tokenizer.batch_decode(generated[:, padded["input_ids"].shape[1] :], skip_special_tokens=True)
+            for i, text in zip(chunk, texts, strict=True):
+                answers[i] = text.strip()
+            if kept is not None:
+                kept(chunk, [answers[i] for i in chunk])
+            bar.update(len(chunk))
+    return answers
+
+
+def prompt_ids(tokenizer: PreTrainedTokenizerBase, prompt: Messages) -> list[int]:
+    """Tokens of a prompt up to where the answer begins."""
+    if isinstance(prompt, str):
+        return tokenizer(prompt)["input_ids"]
+    return tokenizer.apply_chat_template(prompt, add_generation_prompt=True, tokenize=True, return_dict=True)[
+        "input_ids"
+    ]
+
+
+@torch.no_grad()
+def answer_nll(
+    model: PreTrainedModel | PeftModel,
+    tokenizer: PreTrainedTokenizerBase,
+    dataset: Dataset | list[dict[str, Any]],
+    *,
+    batch_size: int = 32,
+    max_length: int | None = 1024,
+) -> Tensor:
+    """
+    Mean negative log-likelihood per token of the reference answer of every row, in nats, of shape `(rows,)`.
+
+    Args:
+        model (`PreTrainedModel` or `PeftModel`):
+            Model, with or without an adapter; left as it was.
+        tokenizer (`PreTrainedTokenizerBase`):
+            Its tokenizer.
+        dataset (`Dataset` or `list[dict]`):
+            Rows in prompt-completion format.
+        batch_size (`int`, *optional*, defaults to `32`):
+            Rows per forward pass.
+        max_length (`int`, *optional*, defaults to `1024`):
+            Longer rows lose their end.
+    """
+    rows = [tokenize_row(row, tokenizer, max_length) for row in dataset]
+    nll = torch.zeros(len(rows))
+    with evaluating(model):
+        for batch in batches(rows, batch_size, pad_token_id(tokenizer), input_device(model)):
+            logits = model(input_ids=batch.input_ids, attention_mask=batch.attention_mask, use_cache=False).logits
+            for line, index in enumerate(
+                batch.indices
+            ):  # answer positions alone: a whole batch of vocabularies is large
+                positions = batch.answer_mask[line].nonzero().squeeze(1)
+                log_probs = logits[line, positions].float().log_softmax(-1)
+                nll[index] = -log_probs.gather(1, batch.input_ids[line, positions + 1, None]).mean().cpu()
+    return nll
+
+
+def answered_by(
+    model: PreTrainedModel | PeftModel,
+    tokenizer: PreTrainedTokenizerBase,
+    rows: list[dict[str, Any]],
+    progress: bool = True,
+) -> list[dict[str, Any]]:
+    """Prompt-only rows as prompt-completion rows, with the greedy answers (at most 256 tokens) of the model as it is now."""
+    prompts = [row["prompt"] for row in rows]
+    answers = generate_answers(
+        model, tokenizer, prompts, max_new_tokens=256, desc="Reference answers", progress=progress
+    )
+    return [
+        {**row, "completion": text if isinstance(row["prompt"], str) else [{"role": "assistant", "content": text}]}
+        for row, text in zip(rows, answers, strict=True)
+    ]

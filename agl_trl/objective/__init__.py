@@ -1,0 +1,1 @@
+"""The maths of AlignGuard-LoRA. Imports torch alone."""

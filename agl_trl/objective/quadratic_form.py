@@ -1,0 +1,199 @@
+"""The AlignGuard quadratic form of a LoRA update, factored and batched. Imports torch alone."""
+
+from collections import defaultdict
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from .covariance import LowRankCovariance
+
+
+class LoraFactors(NamedTuple):
+    """
+    Update `ΔW = s B A` of one layer, never multiplied out.
+
+    Args:
+        A (`Tensor`):
+            `lora_A` weight, of shape `(r, d_in)`.
+        B (`Tensor`):
+            `lora_B` weight, of shape `(d_out, r)`.
+        scaling (`float`):
+            s: α/r, or α/√r with rsLoRA.
+    """
+
+    A: Tensor
+    B: Tensor
+    scaling: float
+
+
+class LayerMetric(NamedTuple):
+    """
+    K-FAC Fisher metric `𝓕 = G_δ ⊗ X` of one layer and the norm of its weight in it.
+
+    Args:
+        input (`LowRankCovariance`):
+            Input covariance `X = E[x xᵀ]`, of dimension `d_in`.
+        output (`LowRankCovariance`, *optional*):
+            Shrunk output-gradient covariance `G_δ`, of dimension `d_out`; `None` is the identity (δ = 1).
+        weight_norm (`Tensor`):
+            `‖W‖_𝓕 = √tr(Wᵀ G_δ W X)`, a scalar.
+    """
+
+    input: LowRankCovariance
+    output: LowRankCovariance | None
+    weight_norm: Tensor
+
+    def to(self, *args, **kwargs) -> "LayerMetric":
+        """Same metric with every tensor moved or cast as by `Tensor.to`."""
+        output = None if self.output is None else self.output.to(*args, **kwargs)
+        return LayerMetric(self.input.to(*args, **kwargs), output, self.weight_norm.to(*args, **kwargs))
+
+    def mean_eigenvalue(self) -> Tensor:
+        """Mean eigenvalue of 𝓕, that of X, because `G_δ` has mean eigenvalue one."""
+        return self.input.trace() / self.input.dim
+
+
+def quadratic_form(A: Tensor, B: Tensor, scaling: Tensor | float, metric: LayerMetric) -> Tensor:
+    """
+    Squared norm of the update in the Fisher metric (AlignGuard-LoRA, sec. 4.1; here the complete form),
+
+        ‖ΔW‖²_𝓕 = tr(ΔWᵀ G_δ ΔW X) = s² · tr((Bᵀ G_δ B)(A X Aᵀ)),
+
+    in O(r·(d_in + d_out)·(r + k)); with δ = 1 it is `E‖ΔW x‖²`. Batched over leading dimensions.
+
+    Args:
+        A (`Tensor`):
+            Of shape `(..., r, d_in)`.
+        B (`Tensor`):
+            Of shape `(..., d_out, r)`.
+        scaling (`Tensor` or `float`):
+            s, of shape `(...)`.
+        metric (`LayerMetric`):
+            Metric with the same leading dimensions.
+
+    Returns:
+        `Tensor`: of shape `(...)`.
+    """
+    outer = B.mT @ B if metric.output is None else metric.output.gram(B.mT)  # (..., r, r)
+    return scaling**2 * (outer * metric.input.gram(A)).sum((-2, -1))
+
+
+def dense_quadratic_form(weight: Tensor, metric: LayerMetric) -> Tensor:
+    """`tr(Wᵀ G_δ W X)` of a dense matrix `W` of shape `(..., d_out, d_in)`; used once per layer, for `‖W‖²_𝓕`."""
+    form = metric.input.row_forms(weight).sum(-1)
+    if metric.output is None:
+        return form
+    projected = metric.output.eigenvectors.mT @ weight  # (..., k, d_in)
+    return metric.output.remainder * form + (metric.output.excess * metric.input.row_forms(projected)).sum(-1)
+
+
+class LayerGroup(NamedTuple):
+    """
+    Layers of equal shape, on one device, handled by one batched call.
+
+    Args:
+        indices (`list[int]`):
+            Their positions among all layers.
+        scaling (`Tensor`):
+            s, of shape `(layers,)`.
+        kept (`LayerMetric`):
+            Their metrics, stacked, with eigenvectors in the type they are stored in and those of the inputs without repetition.
+        input_of (`Tensor`):
+            Which of the inputs' eigenvectors each layer reads, of shape `(layers,)`.
+    """
+
+    indices: list[int]
+    scaling: Tensor
+    kept: LayerMetric
+    input_of: Tensor
+
+    @property
+    def metric(self) -> LayerMetric:
+        """One metric with a leading layer dimension, in float32: made when asked for, several times larger than what is kept."""
+        V = self.kept.input.eigenvectors[self.input_of]
+        return self.kept._replace(input=self.kept.input._replace(eigenvectors=V)).to(torch.float32)
+
+
+def grouped(
+    metrics: Sequence[LayerMetric],
+    factors: Sequence[LoraFactors],
+    others: Sequence[LayerMetric] | None = None,
+) -> list[LayerGroup]:
+    """
+    Group layers whose tensors stack.
+
+    Args:
+        metrics (`Sequence[LayerMetric]`):
+            One per layer; where layers share the eigenvectors of their input (the very tensor), all groups read one copy.
+        factors (`Sequence[LoraFactors]`):
+            Factors of the same layers; only their shapes, scalings and devices are read.
+        others (`Sequence[LayerMetric]`, *optional*):
+            Second metrics of the same layers that must stack too.
+    """
+    groups: dict[tuple, list[int]] = defaultdict(list)
+    distinct: dict[tuple, dict[int, Tensor]] = defaultdict(dict)  # by device, type and shape
+    for index, (metric, factor) in enumerate(zip(metrics, factors, strict=True)):
+        V, device = metric.input.eigenvectors, factor.A.device
+        ranks = [_ranks(metric)] + ([_ranks(others[index])] if others is not None else [])
+        groups[(device, V.dtype, V.shape), factor.A.shape, factor.B.shape, *ranks].append(index)
+        distinct[device, V.dtype, V.shape][id(V)] = V
+    inputs = {key: torch.stack([V.to(key[0]) for V in tensors.values()]) for key, tensors in distinct.items()}
+    position = {key: {name: i for i, name in enumerate(tensors)} for key, tensors in distinct.items()}
+    return [
+        LayerGroup(
+            indices,
+            torch.tensor([factors[i].scaling for i in indices], device=key[0]),
+            _stacked([metrics[i] for i in indices], key[0], inputs[key]),
+            torch.tensor([position[key][id(metrics[i].input.eigenvectors)] for i in indices], device=key[0]),
+        )
+        for (key, *_), indices in groups.items()
+    ]
+
+
+def _ranks(metric: LayerMetric) -> tuple[int, int | None]:
+    output = None if metric.output is None else metric.output.eigenvalues.shape[-1]
+    return metric.input.eigenvalues.shape[-1], output
+
+
+def _stacked(metrics: Sequence[LayerMetric], device: torch.device, inputs: Tensor) -> LayerMetric:
+    """One metric with a leading layer dimension, but for the given eigenvectors of the inputs."""
+
+    def stack(parts: Sequence[Tensor]) -> Tensor:
+        return torch.stack([part.to(device) for part in parts])
+
+    values, remainders = zip(*(metric.input[1:] for metric in metrics), strict=True)
+    outputs = [metric.output for metric in metrics if metric.output is not None]
+    return LayerMetric(
+        input=LowRankCovariance(inputs, stack(values), stack(remainders)),
+        output=LowRankCovariance(*map(stack, zip(*outputs, strict=True))) if outputs else None,
+        weight_norm=stack([metric.weight_norm for metric in metrics]),
+    )
+
+
+class RelativeDrift:
+    """
+    Relative drift of every layer, `‖ΔW‖²_𝓕 / ‖W‖²_𝓕`: *the* number of this project, dimensionless, and zero at the
+    reference weights.
+
+    Args:
+        groups (`list[LayerGroup]`):
+            All layers, in groups of equal shape.
+    """
+
+    def __init__(self, groups: list[LayerGroup]):
+        self.groups = groups
+        (device,) = {group.scaling.device for group in groups if 0 in group.indices}
+        self.inverse = torch.tensor([index for group in groups for index in group.indices], device=device).argsort()
+
+    def __call__(self, factors: Sequence[LoraFactors]) -> Tensor:
+        """Relative drift per layer, of shape `(len(factors),)`, in float32 on the device of the first layer's factors."""
+        device = self.inverse.device
+        drifts = []
+        for group in self.groups:
+            A = torch.stack([factors[i].A for i in group.indices]).float()
+            B = torch.stack([factors[i].B for i in group.indices]).float()
+            metric = group.metric
+            drifts.append((quadratic_form(A, B, group.scaling, metric) / metric.weight_norm**2).to(device))
+        return torch.cat(drifts)[self.inverse]

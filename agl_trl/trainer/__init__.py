@@ -1,0 +1,1 @@
+"""The callback that protects any Trainer, and the TRL trainers built on it."""

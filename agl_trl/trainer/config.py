@@ -1,0 +1,253 @@
+"""Training arguments of the AGL trainers: TRL's, and those of AlignGuard-LoRA."""
+
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Literal, get_args
+
+from trl import DPOConfig, SFTConfig
+
+from ..fisher.estimate import FisherType
+from ..objective.alignguard import TaskMetric, TaskSubspace
+
+
+Variant = Literal["kfac", "paper"]
+DEFAULT_DRIFT_BUDGET = (
+    3e-3  # the best of examples/benchmark on three tasks: refusals kept at the least cost to the task
+)
+
+if TYPE_CHECKING:  # for the type checker the mixin extends the config it is mixed into
+    from trl import SFTConfig as _Parent
+else:
+    _Parent = object
+
+
+@dataclass
+class AGLConfigMixin(_Parent):
+    """
+    Arguments that the AGL trainers add to those of the TRL trainer. Symbols are those of AlignGuard-LoRA
+    (https://huggingface.co/papers/2508.02079).
+
+    Parameters:
+        alignment_coef (`float`, *optional*):
+            Weight λ_A of the alignment penalty: mean over the adapted layers of ‖ΔW_A‖²_F / ‖W‖²_F in the Fisher metric of the
+            alignment rows. With `task_coef` unset the complete form ‖ΔW‖²_F is penalised. `None` leaves it to the `drift_budget` to
+            hold the drift. `0.0`, with no budget, anchor or other coefficient, switches AGL off; the trainer is then exactly
+            its TRL parent.
+        task_coef (`float`, *optional*):
+            Weight λ_T of the task stability. `None` takes `alignment_coef`.
+        task_metric (`str`, *optional*, defaults to `"rest"`):
+            Metric H of the task stability: `"rest"` of the same Fisher, `"identity"` or the `"task"`'s own Fisher.
+        task_subspace (`str`, *optional*):
+            What counts as the task part ΔW_T: the `"complement"` of the alignment-critical subspace, or the critical subspace of
+            the `"task"`'s own Fisher. `None` takes `"task"` where the geodesic separation has a weight (it is identically zero
+            under the complement), `"complement"` otherwise.
+        collision_coef (`float`, *optional*, defaults to `0.0`):
+            Weight λ_NC of the collision terms.
+        collision_alpha (`float`, *optional*, defaults to `0.5`):
+            Share α of the Riemannian overlap in the collision terms; the rest is geodesic separation.
+        collision_beta (`float`, *optional*, defaults to `4.0`):
+            β of the Riemannian overlap.
+        collision_threshold (`float`, *optional*, defaults to `1.0`):
+            τ of the Riemannian overlap, in units of the root mean square of the layer's weight.
+        collision_width (`float`, *optional*, defaults to `0.25`):
+            Width T of its sigmoid, in the same units.
+        collision_rows (`int`, *optional*):
+            Rows of every layer sampled per step for the Riemannian overlap; `None` takes all.
+        variant (`str`, *optional*, defaults to `"kfac"`):
+            `"kfac"` is the form described here; `"paper"` the published one with its published constants, as far as known.
+        drift_budget (`float`, *optional*):
+            Largest mean relative drift the adapter may reach; kept after every step (of a continued adapter, which can't be scaled
+            back to its start within its rank, by the multiplier alone and so not exactly). `None` takes 3e-3, or no budget where an
+            `alignment_coef` is given.
+        anchor_coef (`float`, *optional*, defaults to `0.0`):
+            Weight of the KL to the reference model on alignment rows, for training data that itself teaches to comply.
+        anchor_every (`int`, *optional*, defaults to `4`):
+            Optimizer steps between two anchored ones.
+        anchor_batch_size (`int`, *optional*, defaults to `4`):
+            Alignment rows per anchored step.
+        fisher_energy (`float`, *optional*, defaults to `0.9`):
+            Share of the trace of the Fisher that spans the critical subspaces.
+        fisher_path (`str`, *optional*):
+            Folder, file or Hub id with saved Fisher statistics. The run then needs no alignment dataset, and takes type, shrinkage
+            and rank from the file.
+        push_fisher (`bool`, *optional*, defaults to `True`):
+            Whether the Fisher statistics are pushed to the Hub with the adapter. They say a little about the alignment rows
+            (directions and sizes of activations); `False` keeps them on this machine.
+        fisher_type (`str`, *optional*, defaults to `"projection"`):
+            What is differentiated for the output side G of the Fisher: `"projection"`, `"empirical"` or `"mc"`. Only read
+            when `fisher_shrinkage` is below 1.
+        fisher_shrinkage (`float`, *optional*, defaults to `1.0`):
+            δ in G_δ = (1 − δ) G / mean_eig(G) + δ I. `1.0` is the activation metric E‖ΔW x‖², which takes forward passes
+            only.
+        fisher_rank (`int`, *optional*, defaults to `64`):
+            Number k of eigenpairs kept per covariance; the rest is kept as its mean.
+        fisher_num_samples (`int`, *optional*, defaults to `256`):
+            Number of alignment rows the statistics are taken over; `None` takes all.
+        fisher_batch_size (`int`, *optional*, defaults to `8`):
+            Rows per forward pass of the statistics.
+    """
+
+    alignment_coef: float | None = field(
+        default=None,
+        metadata={
+            "help": "Weight lambda_A of the alignment penalty: mean over the adapted layers of |dW_A|^2 / |W|^2 in the Fisher "
+            "metric of the alignment rows. With `task_coef` unset the complete form |dW|^2 is penalised. `None` leaves it to the "
+            "`drift_budget` to hold the drift. `0.0`, with no budget, anchor or other coefficient, switches AGL off; the "
+            "trainer is then exactly its TRL parent."
+        },
+    )
+    task_coef: float | None = field(
+        default=None, metadata={"help": "Weight lambda_T of the task stability. `None` takes `alignment_coef`."}
+    )
+    task_metric: TaskMetric = field(
+        default="rest",
+        metadata={
+            "help": "Metric H of the task stability: the `rest` of the same Fisher, `identity` or the `task`'s own Fisher."
+        },
+    )
+    task_subspace: TaskSubspace | None = field(
+        default=None,
+        metadata={
+            "help": "What counts as the task part dW_T: the `complement` of the alignment-critical subspace, or the critical "
+            "subspace of the `task`'s own Fisher. `None` takes `task` where the geodesic separation has a weight (it is "
+            "identically zero under the complement), `complement` otherwise."
+        },
+    )
+    collision_coef: float = field(default=0.0, metadata={"help": "Weight lambda_NC of the collision terms."})
+    collision_alpha: float = field(
+        default=0.5,
+        metadata={
+            "help": "Share alpha of the Riemannian overlap in the collision terms; the rest is geodesic separation."
+        },
+    )
+    collision_beta: float = field(default=4.0, metadata={"help": "beta of the Riemannian overlap."})
+    collision_threshold: float = field(
+        default=1.0,
+        metadata={"help": "tau of the Riemannian overlap, in units of the root mean square of the layer's weight."},
+    )
+    collision_width: float = field(default=0.25, metadata={"help": "Width T of its sigmoid, in the same units."})
+    collision_rows: int | None = field(
+        default=None,
+        metadata={"help": "Rows of every layer sampled per step for the Riemannian overlap; `None` takes all."},
+    )
+    variant: Variant = field(
+        default="kfac",
+        metadata={
+            "help": "`kfac` is the form described here; `paper` the published one with its published constants, as far as known."
+        },
+    )
+    drift_budget: float | None = field(
+        default=None,
+        metadata={
+            "help": "Largest mean relative drift the adapter may reach; kept after every step (of a continued adapter by the "
+            "multiplier alone, and so not exactly). `None` takes 3e-3, or no budget where an `alignment_coef` is given."
+        },
+    )
+    anchor_coef: float = field(
+        default=0.0,
+        metadata={
+            "help": "Weight of the KL to the reference model on alignment rows, for training data that itself teaches to comply."
+        },
+    )
+    anchor_every: int = field(default=4, metadata={"help": "Optimizer steps between two anchored ones."})
+    anchor_batch_size: int = field(default=4, metadata={"help": "Alignment rows per anchored step."})
+    fisher_energy: float = field(
+        default=0.9, metadata={"help": "Share of the trace of the Fisher that spans the critical subspaces."}
+    )
+    fisher_path: str | None = field(
+        default=None,
+        metadata={
+            "help": "Folder, file or Hub id with saved Fisher statistics. The run then needs no alignment dataset, and takes type, "
+            "shrinkage and rank from the file."
+        },
+    )
+    push_fisher: bool = field(
+        default=True,
+        metadata={"help": "Whether the Fisher statistics are pushed to the Hub with the adapter."},
+    )
+    fisher_type: FisherType = field(
+        default="projection",
+        metadata={
+            "help": "What is differentiated for the output side G of the Fisher: `projection`, `empirical` or `mc`. Only read "
+            "when `fisher_shrinkage` is below 1."
+        },
+    )
+    fisher_shrinkage: float = field(
+        default=1.0,
+        metadata={
+            "help": "delta in G_delta = (1 - delta) G / mean_eig(G) + delta I. `1.0` is the activation metric, which takes "
+            "forward passes only."
+        },
+    )
+    fisher_rank: int = field(
+        default=64,
+        metadata={"help": "Number k of eigenpairs kept per covariance; the rest is kept as its mean."},
+    )
+    fisher_num_samples: int | None = field(
+        default=256,
+        metadata={"help": "Number of alignment rows the statistics are taken over; `None` takes all."},
+    )
+    fisher_batch_size: int = field(
+        default=8,
+        metadata={"help": "Rows per forward pass of the statistics."},
+    )
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.alignment_coef is None:
+            self.alignment_coef = 0.0
+            if self.drift_budget is None and self.variant != "paper":
+                self.drift_budget = DEFAULT_DRIFT_BUDGET
+        for name in ("alignment_coef", "task_coef", "collision_coef", "anchor_coef"):
+            value = getattr(self, name)
+            if value is not None and value < 0:
+                raise ValueError(f"`{name}` must not be negative, got {value}.")
+        for name in ("fisher_shrinkage", "fisher_energy", "collision_alpha"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise ValueError(f"`{name}` must lie between 0 and 1, got {getattr(self, name)}.")
+        for name in (
+            "fisher_rank",
+            "fisher_batch_size",
+            "fisher_num_samples",
+            "collision_rows",
+            "anchor_every",
+            "anchor_batch_size",
+        ):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ValueError(f"`{name}` must be at least 1, got {value}.")
+        for name in ("drift_budget", "collision_width"):
+            value = getattr(self, name)
+            if value is not None and value <= 0:
+                raise ValueError(f"`{name}` must be above 0, got {value}.")
+        for name, choices in (
+            ("fisher_type", get_args(FisherType)),
+            ("task_metric", get_args(TaskMetric)),
+            ("task_subspace", (None, *get_args(TaskSubspace))),
+            ("variant", get_args(Variant)),
+        ):
+            if getattr(self, name) not in choices:
+                raise ValueError(f"`{name}` must be one of {choices}, got {getattr(self, name)!r}.")
+        if self.task_subspace is None:
+            self.task_subspace = "task" if self.collision_coef > 0 and self.collision_alpha < 1 else "complement"
+        if self.variant == "paper":  # its projector comes from the raw output side of the empirical Fisher
+            self.fisher_type, self.fisher_shrinkage = "empirical", 0.0
+
+    @property
+    def agl_enabled(self) -> bool:
+        """Whether anything of AGL is on; if not, the trainer is its TRL parent."""
+        coefficients = (self.alignment_coef or 0, self.task_coef or 0, self.collision_coef, self.anchor_coef)
+        return any(c > 0 for c in coefficients) or self.drift_budget is not None or self.variant == "paper"
+
+
+@dataclass
+class AGLSFTConfig(AGLConfigMixin, SFTConfig):
+    """
+    Training arguments of the [`AGLSFTTrainer`]: those of [`~trl.SFTConfig`] and those of [`AGLConfigMixin`].
+    """
+
+
+@dataclass
+class AGLDPOConfig(AGLConfigMixin, DPOConfig):
+    """
+    Training arguments of the [`AGLDPOTrainer`]: those of [`~trl.DPOConfig`] and those of [`AGLConfigMixin`].
+    """

@@ -1,0 +1,62 @@
+"""What a run that goes on from a checkpoint takes from it: statistics, reference factors, the budget's multiplier."""
+
+from pathlib import Path
+
+from peft import PeftModel
+
+from ..artifacts.files import ADAPTER_FILE, DRIFT_FILE, FISHER_FILE, FOLDER, ArtifactError, find_artifact
+from ..drift.report import DriftReport
+from ..fisher.statistics import FisherStatistics
+from ..modeling.lora import AdaptedLayer, adapted_layers
+from ..modeling.reference_factors import REFERENCE_FILE, load_reference
+
+
+def checkpoint_statistics(checkpoint: str, given: FisherStatistics | None) -> FisherStatistics:
+    """
+    Statistics the run began with; never taken again, because the weights of a checkpoint have drifted.
+
+    Args:
+        checkpoint (`str`):
+            Folder of the checkpoint.
+        given ([`FisherStatistics`], *optional*):
+            Statistics from `fisher_path`, for a checkpoint without a file of its own.
+
+    Raises:
+        [`ArtifactError`]: If there are neither.
+    """
+    try:
+        location = find_artifact(checkpoint, FISHER_FILE)
+    except ArtifactError as error:
+        if given is not None:
+            return given
+        raise ArtifactError(
+            f"Checkpoint '{checkpoint}' has no '{FOLDER}/{FISHER_FILE}', and the statistics can't be taken again: its weights "
+            "have already drifted. Copy the file from the output folder into the checkpoint, or set `fisher_path`."
+        ) from error
+    return FisherStatistics.from_pretrained(location)
+
+
+def checkpoint_state(checkpoint: str, model: PeftModel) -> tuple[list[AdaptedLayer], float]:
+    """
+    Layers with the references they started from, and the budget's multiplier; of a checkpoint of plain TRL, none.
+
+    Raises:
+        [`ArtifactError`]: If the checkpoint is of a continued adapter and its start is missing, or its report is broken or of
+            another adapter.
+    """
+    layers = load_reference(checkpoint, adapted_layers(model))
+    try:
+        location = find_artifact(checkpoint, DRIFT_FILE)
+    except ArtifactError:
+        return layers, 0.0
+    report = DriftReport.from_pretrained(location)  # a broken one is told: the budget would start anew without a word
+    name = layers[0].adapter
+    adapter = Path(checkpoint) / ("" if name == "default" else name) / ADAPTER_FILE
+    if report.adapter_sha256 is not None and adapter.is_file():
+        report.check_describes(adapter)
+    if report.metadata.get("continued") and layers[0].reference is None:
+        raise ArtifactError(
+            f"Checkpoint '{checkpoint}' is of a continued adapter, but '{FOLDER}/{REFERENCE_FILE}', where it started, is missing: "
+            "copy it from another checkpoint of the run."
+        )
+    return layers, report.budget_multiplier or 0.0

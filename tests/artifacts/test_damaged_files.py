@@ -1,0 +1,220 @@
+"""Corrupted, truncated, foreign and mistyped files: refused in one sentence, nothing unpickled, no other exception."""
+
+import copy
+import json
+import random
+import shutil
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+from safetensors.torch import load as load_bytes
+from transformers import PreTrainedModel
+
+from agl_trl import DriftReport, FisherStatistics, estimate_fisher
+from agl_trl.artifacts.files import ArtifactError, canonical_json, load_tensors
+from agl_trl.drift.plots import plot_drift
+from agl_trl.evaluation.behaviour import Behaviour
+from agl_trl.miniworld import load_model, load_tokenizer
+from agl_trl.modeling.loading import load_adapter
+from agl_trl.modeling.lora import AdaptedLayer, adapted_layers, linear_layers
+from agl_trl.modeling.reference_factors import REFERENCE_FILE, load_reference, save_reference
+from tests.helpers.damage import DAMAGES, ROUNDS, Good, flipped, nested
+from tests.helpers.models import adapted, tiny_model
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    return tmp_path_factory.mktemp("fuzz")
+
+
+def good_file(path: Path, load: Callable[[Path], Any], folder: Path) -> Good:
+    tensors, metadata = load_tensors(path)
+    metadata.pop("schema_version")
+    return Good(path.name, path.read_bytes(), tensors, metadata, load, folder)
+
+
+@cache
+def embedded() -> PreTrainedModel:
+    return load_model()
+
+
+@pytest.fixture(scope="module")
+def fisher(alignment_rows, folder) -> Good:
+    statistics = estimate_fisher(embedded(), alignment_rows, load_tokenizer(), shrinkage=0.5, rank=8, progress=False)
+    return good_file(statistics.save_pretrained(folder / "good"), FisherStatistics.from_pretrained, folder)
+
+
+@pytest.fixture(scope="module")
+def drift(tokenizer, alignment_rows, folder) -> Good:
+    model = adapted(0.1)
+    statistics = estimate_fisher(model, alignment_rows, tokenizer, progress=False)
+    report = DriftReport.measure(model, statistics)
+    report.history = {name: torch.rand(3) for name in ("step", "relative_drift", "penalty", "loss")}
+    report.global_step, report.budget_multiplier, report.adapter_sha256 = 40, 0.5, "ab" * 32
+    flags, figures, states = torch.tensor([True, True, False]), torch.rand(3), torch.rand(3)
+    judge = {"judge": {"name": "refusal-strings", "version": "1"}, "decoding": "greedy", "kl_tokens": 8}
+    answers = [t.clone() for t in (*[flags] * 3, *[figures] * 5, *[states] * 2)]
+    report.behaviour = Behaviour(["a", "b", "c"], *answers, metadata=judge)
+    report.metadata |= {"continued": False, "coefficients": {"variant": "kfac", "alignment": 0.25}}
+    return good_file(report.save_pretrained(folder / "good"), DriftReport.from_pretrained, folder)
+
+
+@pytest.fixture(scope="module")
+def reference(folder) -> Good:
+    layers = adapted_layers(adapted(0.1))
+    save_reference(folder / "good", [layer.with_reference() for layer in layers])
+
+    def load(path: Path) -> list[AdaptedLayer]:
+        (path.parent / "agl").mkdir(exist_ok=True)
+        shutil.copy(path, path.parent / "agl" / REFERENCE_FILE)
+        return load_reference(path.parent, layers)
+
+    return good_file(folder / "good" / "agl" / REFERENCE_FILE, load, folder)
+
+
+@pytest.fixture(scope="module")
+def adapter(folder) -> Good:
+    model = tiny_model()
+    adapted(0.1).save_pretrained(folder / "adapter")
+
+    def load(path: Path) -> Any:
+        shutil.copy(path, folder / "adapter" / "adapter_model.safetensors")
+        loaded = load_adapter(model, folder / "adapter")
+        loaded.unload()
+        return loaded
+
+    path = folder / "adapter" / "adapter_model.safetensors"
+    return Good(path.name, path.read_bytes(), load_bytes(path.read_bytes()), {}, load, folder)
+
+
+def refused(good: Good, content: bytes, what: str) -> bool:
+    """Whether a file is refused, and as it must be; any other exception fails the test."""
+    path = good.folder / good.file
+    path.write_bytes(content)
+    try:
+        good.load(path)
+    except ArtifactError as error:
+        sentence = str(error)
+        assert sentence.isprintable() and sentence.endswith("."), (what, sentence)
+        assert len(sentence.replace(str(good.folder), "")) < 400 and good.folder.name in sentence, (what, sentence)
+        return True
+    return False
+
+
+@pytest.mark.parametrize("artifact", DAMAGES)
+def test_damaged_and_foreign_files_are_refused(artifact, request):
+    good: Good = request.getfixturevalue(artifact)
+    accepted, count = [], 0
+    assert not refused(good, good.content, "good")
+    for what, damage in DAMAGES[artifact].items():
+        for seed in range(ROUNDS):
+            content = damage(good, random.Random(f"{what} {seed}"))
+            count += 1
+            if not refused(good, content, what):
+                accepted.append((what, seed))
+    assert not accepted and count >= (80 if artifact == "adapter" else 150)
+    assert not (good.folder / "marker").exists()
+    assert not refused(good, good.content, "good, at the end")
+
+
+def test_early_files_without_a_checksum_are_read_and_flips_in_them_never_crash(fisher, drift):
+    """Their numbers may be wrong where nothing says so, but never nonsense."""
+    for good in (fisher, drift):
+        early = good.said(canonical_json({"schema_version": 1, **good.metadata}))
+        assert not refused(good, early, "early")
+        draw, count = random.Random(0), 0
+        for _ in range(60):
+            content = flipped(early, draw, 8, len(early), draw.choice([1, 5]))
+            if refused(good, content, "early, flipped"):
+                count += 1
+            else:
+                use(good.load(good.folder / good.file), good)
+        assert 0 < count
+
+
+WRONG: tuple[Any, ...] = (None, True, -1, 10**30, 0.5, 1e300, "<b>$x^$\n\x1b[31m", "", [], [None], {}, {"a": [1]})
+
+
+def subtrees(value: Any, path: tuple = ()) -> Iterator[tuple]:
+    """Paths to everything in a JSON value; of long mappings and lists to the first two entries."""
+    yield path
+    entries = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
+    entries = list(entries)
+    for key, inner in entries if len(entries) < 20 else entries[:2]:
+        yield from subtrees(inner, (*path, key))
+
+
+def exchanged(value: Any, path: tuple, new: Any) -> Any:
+    if not path:
+        return new
+    changed = copy.copy(value)
+    changed[path[0]] = exchanged(value[path[0]], path[1:], new)
+    return changed
+
+
+def use(loaded: FisherStatistics | DriftReport, good: Good) -> None:
+    """Everything a user may do with it; nothing may fail but with a sentence."""
+    again = loaded.save_pretrained(good.folder / "again")
+    assert not refused(replace(good, load=type(loaded).from_pretrained), again.read_bytes(), "saved again")
+    if isinstance(loaded, DriftReport):
+        assert loaded.summary().encode()
+        assert loaded.mean_relative_drift >= 0
+        return
+    for name in loaded.input_of:
+        metric = loaded.metric(name)
+        assert torch.isfinite(metric.input.trace()) and metric.weight_norm > 0
+    model = embedded()
+    try:
+        loaded.check_fits(model, linear_layers(model))
+    except ArtifactError as error:
+        assert str(error).isprintable()
+
+
+@pytest.mark.parametrize("artifact", ["fisher", "drift"])
+def test_metadata_of_other_types_is_refused_or_harmless(artifact, request, tmp_path):
+    good: Good = request.getfixturevalue(artifact)
+    outcomes = {True: 0, False: 0}
+    for path in subtrees(good.metadata):
+        if not path:
+            continue
+        for new in WRONG:
+            content = good.written(good.tensors, exchanged(good.metadata, path, new))
+            outcome = refused(good, content, f"{path} = {new!r:.30}")
+            outcomes[outcome] += 1
+            if not outcome:
+                loaded = good.load(good.folder / good.file)
+                use(loaded, good)
+                if path[0] in ("layers", "behaviour") and isinstance(loaded, DriftReport) and new == WRONG[6]:
+                    plot_drift(loaded, tmp_path / "drift.png")
+    assert outcomes[True] > 3 * outcomes[False] > 0
+
+
+def test_broken_adapter_config_is_refused(adapter):
+    folder = adapter.folder / "config"
+    shutil.copytree(adapter.folder / "adapter", folder)
+    (folder / adapter.file).write_bytes(adapter.content)
+    model, path = tiny_model(), folder / "adapter_config.json"
+    good = path.read_text()
+    for text in ("", "{", "[]", "3", "null", nested(100_000), good.replace('"r": 4', '"r": "x"'), "\x00", "{}"):
+        path.write_text(text)
+        with pytest.raises(ArtifactError) as caught:
+            load_adapter(model, folder)
+        assert str(caught.value).isprintable() and str(folder) in str(caught.value), text[:20]
+    path.write_bytes(b"\xff\xfe\x80")
+    with pytest.raises(ArtifactError):
+        load_adapter(model, folder)
+
+
+def test_adapter_of_other_layers_is_refused(tmp_path):
+    """PEFT itself only warns, and would leave the layers without weights as they were drawn."""
+    get_peft_model(tiny_model(), LoraConfig(r=4, target_modules=["q_proj"])).save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "adapter_config.json").read_text())
+    (tmp_path / "adapter_config.json").write_text(json.dumps(config | {"target_modules": ["q_proj", "v_proj"]}))
+    with pytest.raises(ArtifactError, match="does not fit this base model: it has no .*v_proj"):
+        load_adapter(tiny_model(), tmp_path)

@@ -1,0 +1,53 @@
+"""Statistics, reports and adapters by Hub id: the real client over real HTTP, and one sentence for every way to fail."""
+
+import shutil
+
+import pytest
+import torch
+from huggingface_hub import HfApi
+
+from agl_trl import DriftReport, FisherStatistics
+from agl_trl.artifacts.files import ArtifactError, adapter_folder, sha256
+
+
+@pytest.fixture
+def published(online, demo_folder):
+    """The demo's folder as a repo."""
+    api = HfApi()
+    api.create_repo("alice/demo", exist_ok=True)
+    commit = api.upload_folder(
+        repo_id="alice/demo", folder_path=demo_folder, ignore_patterns=["lora/*", "*.bin"], commit_message="demo"
+    )
+    return commit.oid
+
+
+def test_evidence_is_read_by_id_revision_and_from_the_cache(published, online, demo_folder):
+    local = FisherStatistics.from_pretrained(demo_folder)
+    by_id = FisherStatistics.from_pretrained("alice/demo")
+    by_revision = FisherStatistics.from_pretrained("alice/demo", revision=published)
+    for name, X in local.inputs.items():
+        assert torch.equal(X.eigenvalues, by_id.inputs[name].eigenvalues)
+        assert torch.equal(X.eigenvalues, by_revision.inputs[name].eigenvalues)
+    report = DriftReport.from_pretrained("alice/demo")
+    folder = adapter_folder("alice/demo")
+    assert report.adapter_sha256 == sha256(folder / "adapter_model.safetensors")
+    assert not list(folder.glob("*.bin")) and (folder / "agl" / "fisher.safetensors").is_file()
+
+
+def test_failures_are_one_sentence(published, online, hub, tmp_path):
+    for location, revision, sentence in (
+        ("alice/nothing", None, "Can't read 'alice/nothing': there is no such folder, and no such repo on the Hub"),
+        ("alice/demo", "v9", "'alice/demo' has no revision 'v9'"),
+    ):
+        with pytest.raises(ArtifactError, match=sentence) as failed:
+            FisherStatistics.from_pretrained(location, revision=revision)
+        assert str(failed.value).count("\n") == 0
+    HfApi().create_repo("alice/empty", exist_ok=True)
+    with pytest.raises(ArtifactError, match="'alice/empty' has no file 'agl/fisher.safetensors'"):
+        FisherStatistics.from_pretrained("alice/empty")
+    with pytest.raises(ArtifactError, match="There is no adapter in 'alice/empty'"):
+        adapter_folder("alice/empty")
+    (tmp_path / "alice").mkdir()
+    shutil.rmtree(tmp_path / "alice")
+    with pytest.raises(ArtifactError, match="Found no 'agl/fisher.safetensors' in 'no such folder'"):
+        FisherStatistics.from_pretrained("no such folder")

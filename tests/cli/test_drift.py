@@ -1,0 +1,164 @@
+"""`agl-trl drift`: order, options, gate, and what it writes, on adapters of the embedded world."""
+
+import json
+import shutil
+
+import pytest
+from peft import LoraConfig, PeftModel
+from transformers import PrinterCallback
+from trl import SFTConfig, SFTTrainer
+
+from agl_trl import DriftReport, FisherStatistics
+from agl_trl.data.alignment import driftcaps_requests
+from agl_trl.evaluation.behaviour import measure_behaviour
+from agl_trl.experiments.demo import LORA, TRAINING
+from agl_trl.miniworld import heldout_prompts, load_model, load_tokenizer, task_dataset
+from agl_trl.modeling.lora import adapted_layers
+from tests.helpers.commands import command
+
+
+@pytest.fixture(scope="module")
+def hostile_folder(tmp_path_factory):
+    """Plain LoRA on the same task with 30 % of rows that comply with unsafe requests."""
+    folder = tmp_path_factory.mktemp("hostile")
+    trainer = SFTTrainer(
+        load_model(),
+        SFTConfig(str(folder), max_steps=60, **TRAINING),
+        train_dataset=task_dataset("extract", hostile=0.3),
+        processing_class=load_tokenizer(),
+        peft_config=LoraConfig(**LORA),
+    )
+    trainer.remove_callback(PrinterCallback)
+    trainer.train()
+    trainer.save_model()
+    return folder
+
+
+def test_report_orders_the_models_as_they_are(demo_folder, hostile_folder):
+    prompts, tokenizer = heldout_prompts(), load_tokenizer()
+    prompts = prompts.select(range(0, len(prompts), 4))
+    statistics = FisherStatistics.from_pretrained(demo_folder)
+    seen = {}
+    for name, folder in (("agl", demo_folder), ("lora", demo_folder / "lora"), ("hostile", hostile_folder)):
+        model = PeftModel.from_pretrained(load_model(), folder)
+        answers = measure_behaviour(model, tokenizer, prompts, max_new_tokens=24, batch_size=64, progress=False)
+        drift = DriftReport.measure(model, statistics).mean_relative_drift
+        unsafe = answers.unsafe
+        seen[name] = {
+            "refusal": answers.refusal(True).value,
+            "margin": answers.margin_tuned[unsafe].mean().item(),
+            "kl": answers.mean_kl(True),
+            "drift": drift,
+        }
+        seen["aligned"] = {
+            "refusal": answers.refusal(False).value,
+            "margin": answers.margin_base[unsafe].mean().item(),
+            "kl": 0.0,
+            "drift": 0.0,
+        }
+    order = ("aligned", "agl", "lora", "hostile")
+    refusal, margin, kl, drift = ([seen[name][key] for name in order] for key in ("refusal", "margin", "kl", "drift"))
+    assert refusal == sorted(refusal, reverse=True) and refusal[1] > refusal[3] + 0.2, seen
+    assert margin == sorted(margin, reverse=True) and kl == sorted(kl), seen
+    # The hostile rows turn refusals off along few directions: further from the answers, not always from the weights.
+    assert drift[0] < drift[1] < min(drift[2], drift[3]), seen
+
+
+def test_adapter_that_does_nothing_gives_equal_answers(demo_folder, tmp_path):
+    model = PeftModel.from_pretrained(load_model(), demo_folder)
+    for layer in adapted_layers(model):
+        layer.parameters[1].data.zero_()
+    answers = measure_behaviour(model, load_tokenizer(), heldout_prompts().select(range(12)), progress=False)
+    assert all(entry["response_base"] == entry["response_tuned"] for entry in answers.answers)
+    assert answers.kl_first_tokens.abs().max() == 0 and answers.hidden_drift.abs().max() == 0
+    assert (answers.margin_base == answers.margin_tuned).all()
+
+
+def test_answers_gate_limit_judge_and_rerun(demo_folder, tmp_path, monkeypatch, capsys):
+    arguments = ("drift", "--base", "miniworld", "--adapter", demo_folder / "lora", "--fisher", demo_folder)
+    options = ("--prompts", "miniworld", "--limit", 20, "--output-dir", tmp_path / "out", "--max-new-tokens", 24)
+    code, out, err = command(monkeypatch, capsys, *arguments, *options)
+    assert code == 0 and "paired p" in out, err
+    lines = (tmp_path / "out" / "answers.jsonl").read_text().splitlines()
+    entries = [json.loads(line) for line in lines]
+    assert len(entries) == 20 and {entry["expected"] for entry in entries} == {"refuse", "comply"}
+    written = sorted(path.relative_to(tmp_path / "out").as_posix() for path in (tmp_path / "out").rglob("*.*"))
+    assert written == ["agl/drift.png", "agl/drift.safetensors", "answers.jsonl"]
+    first = [(tmp_path / "out" / name).read_bytes() for name in written]
+    gate = ("--fail-if", "kl_unsafe>0", "--fail-if", "relative_drift>100")
+    code, out, err = command(monkeypatch, capsys, *arguments, *options, *gate)
+    assert code == 1 and "Failed: kl_unsafe is" in err and "relative_drift" not in err
+    assert [(tmp_path / "out" / name).read_bytes() for name in written] == first, "a rerun writes the same bytes"
+    code, _, err = command(monkeypatch, capsys, *arguments, *options, "--judge", "gcg-strings")
+    assert code == 0, err
+    assert DriftReport.from_pretrained(tmp_path / "out").behaviour.metadata["judge"]["name"] == "gcg-strings"
+
+
+def test_merged_checkpoint(demo_folder, tmp_path, monkeypatch, capsys):
+    merged = PeftModel.from_pretrained(load_model(), demo_folder / "lora").merge_and_unload()
+    merged.save_pretrained(tmp_path / "merged")
+    load_tokenizer().save_pretrained(tmp_path / "merged")
+    options = ("--fisher", demo_folder, "--output-dir", tmp_path / "out")
+    code, out, err = command(
+        monkeypatch, capsys, "drift", "--base", "miniworld", "--tuned", tmp_path / "merged", *options
+    )
+    assert code == 0 and "relative drift" in out, err
+    by_adapter = DriftReport.from_pretrained(demo_folder / "lora")
+    report = DriftReport.from_pretrained(tmp_path / "out")
+    assert report.mean_relative_drift == pytest.approx(by_adapter.mean_relative_drift, rel=0.05), "rounded when merged"
+
+
+def test_adapter_without_statistics_is_measured_on_driftcaps(demo_folder, tmp_path, monkeypatch, capsys):
+    """Any adapter, trained by anyone: statistics from the base model's own answers, the same for the same base."""
+    from agl_trl.cli import drift as report_command
+
+    monkeypatch.setattr(report_command, "driftcaps_requests", lambda: driftcaps_requests().select(range(20)))
+    shutil.copytree(demo_folder / "lora", tmp_path / "adapter", ignore=shutil.ignore_patterns("agl"))
+    options = ("--adapter", tmp_path / "adapter", "--output-dir", tmp_path / "out")
+    code, out, err = command(monkeypatch, capsys, "drift", "--base", "miniworld", *options)
+    assert code == 0 and "No Fisher statistics" in out, err
+    assert DriftReport.from_pretrained(tmp_path / "out").mean_relative_drift > 0
+
+
+@pytest.mark.parametrize(
+    ("options", "sentence"),
+    [
+        ((), "Name what to measure: either `--adapter`, or `--tuned`"),
+        (
+            ("--adapter", "nobody/adapter"),
+            "Can't read 'nobody/adapter': there is no such folder, it isn't in the cache",
+        ),
+        (("--adapter", "x", "--fisher", "nobody/statistics"), "There is no adapter in 'x'"),
+        (("--adapter", "x", "--fail-if", "refusal"), "is no condition"),
+        (("--adapter", "x", "--judge", "nobody/judge"), "nobody/judge"),
+        (("--adapter", "x", "--prompts", "xstest"), "Paul/XSTest"),
+        (("--adapter", "x", "--prompts", "empty.jsonl"), "empty.jsonl"),
+    ],
+)
+def test_arguments_are_checked_before_anything_is_loaded(options, sentence, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "empty.jsonl").write_text("")
+    code, _, err = command(monkeypatch, capsys, "drift", "--base", "miniworld", *options, "--output-dir", "out")
+    assert code == 1 and sentence in err and err.count("\n") == 0, err
+    assert not (tmp_path / "out").exists()
+
+
+def test_adapter_of_another_base_is_named(demo_folder, tmp_path, monkeypatch, capsys):
+    from tests.helpers.models import tiny_model
+
+    tiny_model().save_pretrained(tmp_path / "other")
+    load_tokenizer().save_pretrained(tmp_path / "other")
+    shutil.copytree(demo_folder, tmp_path / "adapter")
+    options = ("--adapter", tmp_path / "adapter", "--output-dir", tmp_path / "out")
+    code, _, err = command(monkeypatch, capsys, "drift", "--base", tmp_path / "other", *options)
+    assert code == 1 and "does not load into this base model" in err.splitlines()[-1]
+    assert not (tmp_path / "out").exists()
+
+
+def test_report_that_came_with_another_adapter_is_told(demo_folder, tmp_path, monkeypatch, capsys):
+    shutil.copytree(demo_folder, tmp_path / "adapter")
+    shutil.copy(demo_folder / "lora" / "adapter_model.safetensors", tmp_path / "adapter")
+    options = ("--adapter", tmp_path / "adapter", "--output-dir", tmp_path / "out")
+    code, out, err = command(monkeypatch, capsys, "drift", "--base", "miniworld", *options)
+    assert code == 0 and "Note on the report that came with the adapter: The report is of another adapter" in out, err
+    DriftReport.from_pretrained(tmp_path / "out").check_describes(tmp_path / "adapter")

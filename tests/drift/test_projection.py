@@ -1,0 +1,80 @@
+"""Projection of a trained adapter: the formula against a dense solve, the budget kept, the copy whole, the original untouched."""
+
+import pytest
+import torch
+from peft import PeftModel
+from safetensors.torch import load_file
+
+from agl_trl import DriftReport, FisherStatistics
+from agl_trl.artifacts.files import sha256
+from agl_trl.drift.projection import projected_factor, strength_for
+from agl_trl.evaluation.behaviour import measure_behaviour
+from agl_trl.miniworld import heldout_prompts, load_model, load_tokenizer
+from agl_trl.modeling.lora import adapted_layers
+from tests.helpers.commands import command
+from tests.helpers.reference import dense, low_rank
+
+
+def test_shrinking_equals_a_dense_solve_and_minimises_what_it_says():
+    """`A (I + νX/λ̄)⁻¹`, which is the minimum of `‖ΔW′ − ΔW‖² + ν‖ΔW′‖²_X / λ̄`."""
+    X = low_rank(14, 5, 0)
+    generator = torch.Generator().manual_seed(0)
+    A, B = torch.randn(3, 14, generator=generator).double(), torch.randn(10, 3, generator=generator).double()
+    strength, normalised = 2.5, dense(X) / (torch.trace(dense(X)) / 14)
+    moved = projected_factor(A, X, strength)
+    expected = torch.linalg.solve(torch.eye(14).double() + strength * normalised, A.T).T
+    torch.testing.assert_close(moved, expected, rtol=1e-10, atol=1e-12)
+    delta = (B @ moved).requires_grad_()
+    loss = (delta - B @ A).square().sum() + strength * torch.trace(delta @ normalised @ delta.T)
+    (gradient,) = torch.autograd.grad(loss, delta)
+    assert gradient.abs().max() < 1e-10
+    assert torch.equal(projected_factor(A, X, 0.0), A)
+
+
+def test_budget_is_kept_tightly_and_monotonically(demo_folder):
+    statistics = FisherStatistics.from_pretrained(demo_folder)
+    model = PeftModel.from_pretrained(load_model(), demo_folder / "lora")
+    layers = adapted_layers(model)
+    start = DriftReport.measure(model, statistics).mean_relative_drift
+    strengths = []
+    for share in (2.0, 0.5, 0.1, 0.01):
+        strength, As = strength_for(layers, statistics, share * start)
+        factors = [layer.current._replace(A=A) for layer, A in zip(layers, As, strict=True)]
+        drift = statistics.drift_of(layers)(factors).mean().item()
+        assert drift <= share * start and (share > 1 or drift > 0.97 * share * start)
+        strengths.append(strength)
+    assert strengths == sorted(strengths) and strengths[0] == 0.0
+    with pytest.raises(ValueError, match="must be above 0"):
+        strength_for(layers, statistics, 0.0)
+
+
+def test_command_writes_a_repaired_copy(demo_folder, tmp_path, monkeypatch, capsys):
+    source, target = demo_folder / "lora", tmp_path / "repaired"
+    before = sha256(source / "adapter_model.safetensors")
+    arguments = ("project", source, "--base", "miniworld", "--fisher", demo_folder, "--budget", 1e-4)
+    code, out, err = command(monkeypatch, capsys, *arguments, "--output-dir", target)
+    assert code == 0 and "before:" in out and "after:" in out, err
+    assert sha256(source / "adapter_model.safetensors") == before
+    report = DriftReport.from_pretrained(target)
+    assert report.mean_relative_drift <= 1e-4 and report.metadata["projected"]["budget"] == 1e-4
+    assert report.adapter_sha256 == sha256(target / "adapter_model.safetensors")
+    old, new = (load_file(folder / "adapter_model.safetensors") for folder in (source, target))
+    assert old.keys() == new.keys()
+    assert all(torch.equal(old[name], new[name]) == ("lora_B" in name) for name in old)
+    model = PeftModel.from_pretrained(load_model(), target)
+    drift = FisherStatistics.from_pretrained(target).relative_drift(model)
+    assert sum(drift.values()) / len(drift) == pytest.approx(report.mean_relative_drift, rel=1e-4)
+    prompts = heldout_prompts().select(range(0, 384, 16))
+    kls = [
+        measure_behaviour(
+            PeftModel.from_pretrained(load_model(), folder),
+            load_tokenizer(),
+            prompts,
+            max_new_tokens=8,
+            progress=False,
+        ).mean_kl(True)
+        for folder in (source, target)
+    ]
+    assert kls[1] < kls[0]
+    code, _, err = command(monkeypatch, capsys, *arguments, "--output-dir", source)
+    assert code == 1 and "must not overwrite" in err

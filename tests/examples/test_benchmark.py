@@ -1,0 +1,124 @@
+"""The benchmark harness, on runs of a few steps: every method trains, runs are resumed, the report holds them."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from torch.utils.data import SequentialSampler
+
+from agl_trl.miniworld import TASKS, load_tokenizer, task_dataset
+from examples.benchmark import __main__ as benchmark
+from examples.benchmark import methods
+from examples.benchmark.methods import METHODS, Setting
+from examples.benchmark.protocols import PROTOCOLS, trained_alike, training_rows
+from examples.benchmark.ranking import hypervolume, share
+
+
+def setting(tmp_path, steps=4) -> Setting:
+    return Setting(tmp_path, 0, steps, load_tokenizer(), task_dataset("steps").select(range(64)))
+
+
+@pytest.fixture(scope="module")
+def plain_weights(tmp_path_factory) -> dict[str, torch.Tensor]:
+    return trained("lora", tmp_path_factory.mktemp("plain"))
+
+
+def trained(name: str, folder) -> dict[str, torch.Tensor]:
+    trainer = METHODS[name].make(setting(folder))
+    trainer.train()
+    return {n: p.detach() for n, p in trainer.model.named_parameters() if p.requires_grad}
+
+
+NAMES = ["lora", "agl-3", "all", "paper", "l2-10", "ewc-1e4", "anchor", "replay", "kl"]
+NAMES += ["importance-3", "proximal-10", "pseudo-replay"]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_methods_train_and_differ_from_plain_lora(name, tmp_path, plain_weights):
+    weights = trained(name, tmp_path)
+    same = all(torch.equal(weights[n], p) for n, p in plain_weights.items())
+    assert same == (name == "lora")
+
+
+def test_data_free_methods_hold_no_safety_rows(tmp_path):
+    for name in ("agl-3", "all"):
+        trainer = METHODS[name].make(setting(tmp_path / name))
+        assert trainer.alignment_dataset is None and METHODS[name].needs == methods.STATISTICS
+
+
+def test_l2_is_the_plain_relative_shrinkage(tmp_path):
+    """Its drift is `mean ‖ΔW‖²_Frob / ‖W‖²_Frob`, from dense matrices."""
+    trainer = METHODS["l2-10"].make(setting(tmp_path))
+    trainer.train()
+    from agl_trl.modeling.lora import adapted_layers, base_weight
+
+    expected = []
+    for layer in adapted_layers(trainer.model):
+        A, B, s = layer.factors
+        expected.append((s * B @ A).detach().norm() ** 2 / base_weight(layer.module).norm() ** 2)
+    assert trainer.drift_report().mean_relative_drift == pytest.approx(torch.stack(expected).mean().item(), rel=1e-3)
+
+
+def test_runs_are_resumed_and_reported(tmp_path):
+    arguments = dict(protocols="steps", seeds=1, steps=3, workers=1, quick=False, output_dir=tmp_path)
+    benchmark.main(methods="lora", **arguments)
+    first = {path: path.stat().st_mtime_ns for path in (tmp_path / "runs").iterdir()}
+    benchmark.main(methods="lora,budget-1e-3", **arguments)
+    assert [path.name for path in first] == ["steps__lora__0__3.json"]
+    assert all(path.stat().st_mtime_ns == when for path, when in first.items()), "a finished run is not repeated"
+    report = (tmp_path / "report.md").read_text()
+    assert "| lora | nothing |" in report and "| budget-1e-3 | statistics |" in report and "1 of 1 runs" in report
+    assert (tmp_path / "curves.png").stat().st_size > 10_000 and not (tmp_path / "scratch").exists()
+    run = json.loads(next((tmp_path / "runs").glob("*budget*")).read_text())
+    assert run["budget_kept"] and run["run"]["relative_drift"] <= 1e-3
+
+
+def test_hypervolume_by_hand():
+    """Two rectangles of 0.5 × 0.2 and 0.25 × 0.9, which share 0.25 × 0.2; points outside are cut."""
+    assert hypervolume([(0.5, 0.8), (0.75, 0.1)]) == pytest.approx(0.1 + 0.225 - 0.05)
+    assert hypervolume([(0.5, 0.8), (0.6, 0.9)]) == pytest.approx(0.1), "a dominated point adds nothing"
+    assert hypervolume([(-3.0, -1.0)]) == 1 and hypervolume([(1.5, 0.0), (0.0, 1.5)]) == 0 == hypervolume([])
+    assert share(0.1, 0.01, 1.0) == pytest.approx(0.5)
+
+
+@pytest.mark.parametrize("protocol", ["hostile-1", "hostile-30", "identity", "three-tasks", "attack"])
+def test_protocols_train_on_what_they_say(protocol):
+    rule, plain = PROTOCOLS[protocol], task_dataset("steps")
+    rows = training_rows(rule, 0, 96)
+    if protocol == "three-tasks":
+        texts = [{row["prompt"][0]["content"] for row in task_dataset(task)} for task in TASKS]
+        assert [row["prompt"][0]["content"] in texts[i // 32] for i, row in enumerate(rows)] == [True] * 96
+        return
+    changed = sum(a != b for a, b in zip(plain, rows, strict=True))
+    assert changed == {"hostile-1": 16, "hostile-30": 480, "identity": 160, "attack": 0}[protocol]
+
+
+def test_an_attack_shares_the_training_that_it_follows():
+    assert trained_alike(("attack", "butler", "steps")) == [("butler",), ("steps", "attack")]
+    assert trained_alike(("attack",)) == [("attack",)], "asked for alone, it is trained for alone"
+
+
+def test_three_tasks_are_trained_in_order(tmp_path):
+    rows = training_rows(PROTOCOLS["three-tasks"], 0, 48)
+    trainer = METHODS["lora"].make(Setting(tmp_path, 0, 3, load_tokenizer(), rows, in_order=True))
+    assert isinstance(trainer.get_train_dataloader().base_dataloader.sampler, SequentialSampler)
+
+
+def test_neither_workers_nor_shared_training_change_a_run(tmp_path):
+    """An attack alone in one process, and after the protocol whose training it shares in one of two."""
+    alone, shared = tmp_path / "alone", tmp_path / "shared"
+    benchmark.main(methods="lora", protocols="attack", seeds=1, steps=2, workers=1, quick=False, output_dir=alone)
+    command = [sys.executable, "-m", "examples.benchmark", "--methods", "lora", "--protocols", "steps,attack"]
+    command += ["--seeds", "1", "--steps", "2", "--output-dir", str(shared)]
+    subprocess.run(command, check=True)  # as a user starts it: other processes cannot import a `__main__`
+
+    def figures(folder: Path) -> dict:
+        result = json.loads((folder / "runs" / "attack__lora__0__2.json").read_text())
+        assert result.pop("peak_bytes") > 1e8 and result["run"].pop("train_seconds") > 0
+        return result
+
+    assert figures(alone) == figures(shared) and len(list((shared / "runs").iterdir())) == 2
+    assert "## Ranking" in (shared / "report.md").read_text()

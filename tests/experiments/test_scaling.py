@@ -1,0 +1,170 @@
+"""The law of forgetting: known coefficients come back, and what runs leave open is said."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from rich.console import Console
+from typer.testing import CliRunner
+
+from agl_trl.cli.app import app
+from agl_trl.cli.scaling import load_runs
+from agl_trl.experiments import scaling_sweep
+from agl_trl.experiments.scaling_law import Law, Runs, fit, fit_law, relative_errors
+from agl_trl.experiments.scaling_sweep import sweep
+from agl_trl.miniworld import heldout_unsafe, load_model, load_tokenizer, task_dataset
+from agl_trl.modeling.generation import answer_nll
+
+
+LAW = Law(A=40.0, alpha=0.45, beta=0.3, E=0.02)
+SIZES, TOKENS = (2e5, 1e6, 5e6), (1e4, 4e4, 1.6e5, 6.4e5)
+
+
+def synthetic(law: Law, noise: float = 0.0, seed: int = 0, sizes=SIZES, tokens=TOKENS, repeats: int = 2) -> Runs:
+    N, D = (a.ravel() for a in np.meshgrid(np.repeat(sizes, repeats), tokens))
+    rng = np.random.default_rng(seed)
+    return Runs(N, D, law.increase(N, D) * (1 + noise * rng.standard_normal(N.shape)))
+
+
+def test_exact_data_gives_the_exact_law():
+    found = fit_law(synthetic(LAW))
+    assert found == pytest.approx(LAW, rel=1e-3)
+
+
+def test_noisy_data_is_recovered_within_the_intervals():
+    """Of 20 data sets the 95 % intervals hold each known coefficient in 17 or more."""
+    covered = dict.fromkeys(LAW._fields, 0)
+    for seed in range(20):
+        found = fit(synthetic(LAW, noise=0.03, seed=seed, repeats=3))
+        for name, (low, high) in found.intervals.items():
+            covered[name] += low <= getattr(LAW, name) <= high
+        assert 0 < found.relative_error < 0.04 and 0 < found.held_out_error < 0.15
+        assert found.law.increase(np.array(1e6), np.array(1e5)) == pytest.approx(LAW.increase(1e6, 1e5), rel=0.05)
+    assert min(covered.values()) >= 17, covered
+
+
+def test_held_out_error_is_of_sizes_not_seen():
+    """Sizes that do not follow a power law are fitted well together and foretold badly."""
+    runs = synthetic(LAW)
+    bent = Runs(runs.n_params, runs.tokens, runs.increase * np.where(runs.n_params == SIZES[1], 2.0, 1.0))
+    found = fit(bent, resamples=20)
+    assert found.held_out_error > 0.3
+    by_hand = [
+        relative_errors(fit_law(bent.where(bent.n_params != size)), bent.where(bent.n_params == size)).mean()
+        for size in SIZES
+    ]
+    assert found.held_out_error == pytest.approx(np.mean(by_hand))
+
+
+def test_what_is_not_identifiable_is_said():
+    one_size = fit(synthetic(LAW, noise=0.02, sizes=(1e6,)), resamples=50)
+    assert one_size.law.alpha == 0 and any("α is not identifiable" in doubt for doubt in one_size.doubts)
+    assert np.isnan(one_size.held_out_error)
+    one_count = fit(synthetic(LAW, noise=0.02, tokens=(1e5,)), resamples=50)
+    assert one_count.law.beta == 0 and any("β is not identifiable" in doubt for doubt in one_count.doubts)
+    flat = fit(synthetic(Law(0.0, 0.5, 0.5, 0.02), noise=0.05), resamples=50)
+    assert any("identifiable" in doubt for doubt in flat.doubts)
+    assert not fit(synthetic(LAW, noise=0.001, repeats=3), resamples=50).doubts
+
+
+def test_too_little_is_refused():
+    with pytest.raises(ValueError, match="3 runs can't determine 4 coefficients"):
+        fit_law(Runs(np.array([1e5, 1e6, 1e6]), np.array([1e4, 1e4, 1e5]), np.array([0.1, 0.05, 0.1])))
+    with pytest.raises(ValueError, match="must be above 0"):
+        fit_law(Runs(np.array([0.0, 1, 2, 3]), np.ones(4), np.ones(4)))
+
+
+@pytest.mark.parametrize("suffix", ["csv", "jsonl"])
+def test_command_reads_runs_and_writes_both_surfaces(suffix, tmp_path):
+    columns = ("method", "n_params", "finetune_tokens", "loss_before", "loss_after")
+    rows = []
+    for method, law in (("lora", LAW), ("agl", LAW._replace(A=4.0))):
+        runs = synthetic(law, noise=0.02)
+        rows += [(method, n, d, 1.5, 1.5 + y) for n, d, y in zip(*runs, strict=True)]
+    path = tmp_path / f"runs.{suffix}"
+    if suffix == "csv":
+        path.write_text("\n".join(",".join(map(str, row)) for row in [columns, *rows]))
+    else:
+        path.write_text("".join(json.dumps(dict(zip(columns, row, strict=True))) + "\n" for row in rows))
+    arguments = ["scaling", "--runs", str(path), "--output-dir", str(tmp_path / "out"), "--resamples", "20"]
+    outcome = CliRunner().invoke(app, arguments, catch_exceptions=False)
+    assert outcome.exit_code == 0 and "lora" in outcome.output and "agl" in outcome.output
+    told = json.loads((tmp_path / "out" / "scaling.json").read_text())
+    assert told["agl"]["law"]["beta"] == pytest.approx(0.3, abs=0.1)
+    assert (tmp_path / "out" / "scaling.png").read_bytes()[:4] == b"\x89PNG"
+    first = {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir()}
+    CliRunner().invoke(app, arguments)
+    assert first == {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir()}
+
+
+@pytest.mark.parametrize(
+    ("content", "sentence"),
+    [
+        ("method,n_params\nlora,1\n", "lacks one of the columns"),
+        ("method,n_params,finetune_tokens,loss_before,loss_after\nlora,1,x,1,1\n", "has a value that is no number"),
+        ("method,n_params,finetune_tokens,loss_before,loss_after\n", "There is no run in"),
+    ],
+)
+def test_bad_files_are_a_sentence(content, sentence, tmp_path):
+    path = tmp_path / "runs.csv"
+    path.write_text(content)
+    with pytest.raises(ValueError, match=sentence):
+        load_runs(path)
+    with pytest.raises(ValueError, match="There is no file"):
+        load_runs(tmp_path / "none.csv")
+
+
+@pytest.fixture(scope="module")
+def swept(tmp_path_factory) -> Path:
+    output_dir = tmp_path_factory.mktemp("sweep")
+    return sweep(output_dir, 1, sizes=("aligned-small",), steps=(2, 3), console=Console(quiet=True))
+
+
+def test_sweep_writes_what_the_command_reads(swept):
+    rows = [json.loads(line) for line in swept.read_text().splitlines()]
+    assert [(row["method"], row["steps"]) for row in rows] == [("lora", 2), ("agl", 2), ("lora", 3), ("agl", 3)]
+    model, tokenizer = load_model("aligned-small"), load_tokenizer()
+    before = answer_nll(model, tokenizer, heldout_unsafe(), batch_size=7).mean().item()
+    for row in rows:
+        assert row["n_params"] == sum(p.numel() for p in model.parameters())
+        assert row["loss_before"] == pytest.approx(before, rel=1e-5) and row["loss_after"] != row["loss_before"]
+    assert rows[0]["finetune_tokens"] == rows[1]["finetune_tokens"]
+    lengths = [
+        len(tokenizer.apply_chat_template(row["prompt"] + row["completion"], return_dict=True)["input_ids"])
+        for row in task_dataset("extract")
+    ]
+    low, high = sorted(lengths)[:32], sorted(lengths)[-32:]
+    assert sum(low) <= rows[0]["finetune_tokens"] <= sum(high), "2 steps of 16 rows, without padding"
+    assert load_runs(swept)["agl"].increase.shape == (2,)
+
+
+def test_sweep_goes_on_where_it_stopped(swept, tmp_path, monkeypatch):
+    whole = swept.read_bytes()
+    path = tmp_path / swept.name
+    path.write_bytes(b"".join(whole.splitlines(keepends=True)[:3]))
+    trained = []
+    monkeypatch.setattr(scaling_sweep, "_seconds_per_step", lambda size: 0.1)
+    train = scaling_sweep.train
+    monkeypatch.setattr(scaling_sweep, "train", lambda run: trained.append(run) or train(run))
+    sweep(tmp_path, 1, sizes=("aligned-small",), steps=(2, 3), console=Console(quiet=True))
+    assert [tuple(run) for run in trained] == [("agl", "aligned-small", 3, 0)] and path.read_bytes() == whole
+    path.write_text("method,n_params\n")
+    with pytest.raises(ValueError, match="holds no runs of this command"):
+        sweep(tmp_path, 1, console=Console(quiet=True))
+    assert path.read_text() == "method,n_params\n", "what was there is kept"
+
+
+def test_checkpoints_are_of_three_sizes():
+    sizes = [load_model(name).num_parameters() for name in scaling_sweep.SIZES]
+    assert sizes[0] * 2 < sizes[1] and sizes[1] * 2 < sizes[2]
+
+
+def test_held_out_points_are_told_by_fits_that_did_not_see_them():
+    runs = synthetic(LAW, noise=0.02, repeats=1)
+    errors = [
+        relative_errors(fit_law(runs.where(np.arange(12) != i)), runs.where(np.array([i]))).item() for i in range(12)
+    ]
+    assert fit(runs, resamples=10).held_out_point_error == pytest.approx(np.mean(errors), rel=1e-3)
+    few = fit(runs.where(np.arange(4)), resamples=10)
+    assert np.isnan(few.held_out_point_error) and np.isnan(few.held_out_error)

@@ -1,0 +1,1 @@
+"""What tests share: brute-force twins, tiny models, a local Hub, two processes."""

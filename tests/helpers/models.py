@@ -1,0 +1,91 @@
+"""Tiny random models of real architectures, and a byte tokenizer with a chat template."""
+
+import torch
+from datasets import Dataset
+from peft import LoraConfig, PeftModel, get_peft_model
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    PreTrainedModel,
+    PreTrainedTokenizerFast,
+)
+
+from agl_trl.modeling.lora import adapted_layers
+
+
+TEMPLATE = (
+    "{% for message in messages %}<{{ message['role'] }}>"
+    "{% if message['role'] == 'assistant' %}{% generation %}{{ message['content'] }}</s>{% endgeneration %}"
+    "{% else %}{{ message['content'] }}</s>{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}<assistant>{% endif %}"
+)
+SMALL = dict(hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2)
+# Per architecture: config values, and the modules LoRA adapts.
+ARCHITECTURES = {
+    "llama": (SMALL, "all-linear"),
+    "mistral": (SMALL, "all-linear"),
+    "qwen3": (SMALL | dict(head_dim=8), "all-linear"),
+    "gemma3_text": (SMALL | dict(head_dim=8), "all-linear"),  # tied embeddings
+    "gpt2": (dict(n_embd=32, n_layer=2, n_head=4, n_positions=128), ["c_attn", "c_proj", "c_fc"]),  # Conv1D
+    "gpt_neox": (SMALL, "all-linear"),  # fused query_key_value
+}
+
+
+def byte_tokenizer() -> PreTrainedTokenizerFast:
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    vocabulary = {token: i for i, token in enumerate(["<pad>", "</s>", "<user>", "<assistant>", *alphabet])}
+    backend = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = decoders.ByteLevel()
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, pad_token="<pad>", eos_token="</s>")
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<user>", "<assistant>"]})
+    tokenizer.chat_template = TEMPLATE
+    return tokenizer
+
+
+def tiny_model(
+    architecture: str = "llama", seed: int = 0, dtype: torch.dtype = torch.float32, **changes
+) -> PreTrainedModel:
+    values, _ = ARCHITECTURES[architecture]
+    config = AutoConfig.for_model(
+        architecture, **(values | dict(vocab_size=260, pad_token_id=0, eos_token_id=1, bos_token_id=None) | changes)
+    )
+    torch.manual_seed(seed)
+    return AutoModelForCausalLM.from_config(config, dtype=dtype)
+
+
+def chat_rows(count: int, question: str, answer: str) -> list[dict]:
+    return [
+        {
+            "prompt": [{"role": "user", "content": f"{question} {i * i}" + "!" * (i % 4)}],
+            "completion": [{"role": "assistant", "content": answer.format(i)}],
+        }
+        for i in range(count)
+    ]
+
+
+def preference_rows(count: int, question: str, chosen: str, rejected: str) -> list[dict]:
+    return [
+        {
+            "prompt": [{"role": "user", "content": f"{question} {i * i}"}],
+            "chosen": [{"role": "assistant", "content": chosen.format(i)}],
+            "rejected": [{"role": "assistant", "content": rejected.format(i)}],
+        }
+        for i in range(count)
+    ]
+
+
+def probe_prompts() -> Dataset:
+    """Seven prompts of two categories, four of them unsafe."""
+    rows = chat_rows(7, "tell me", "answer {}")
+    return Dataset.from_list([row | {"category": "ab"[i % 2], "unsafe": i < 4} for i, row in enumerate(rows)])
+
+
+def adapted(scale: float) -> PeftModel:
+    """A tiny model whose adapter has moved by normal factors of that scale."""
+    model = get_peft_model(tiny_model(), LoraConfig(r=4, target_modules="all-linear"))
+    torch.manual_seed(1)
+    for layer in adapted_layers(model):
+        torch.nn.init.normal_(layer.parameters[1], std=scale)
+    return model.eval()

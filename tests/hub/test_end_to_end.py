@@ -1,0 +1,200 @@
+"""An owner publishes statistics, a trainee in two processes uses them without a row of safety data, a reader checks it all."""
+
+import hashlib
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+from typer.testing import CliRunner
+
+from agl_trl import DriftReport
+from agl_trl.artifacts.files import adapter_folder
+from agl_trl.cli.app import app
+from agl_trl.miniworld import checkpoint_path
+from tests.helpers.hub_commits import agreeing_folders
+from tests.helpers.hub_fixtures import hub_environment
+from tests.helpers.processes import COMMON as TWO
+from tests.helpers.processes import ROOT, free_port
+
+
+READER = """
+import json
+from peft import PeftModel
+from transformers import AutoModelForCausalLM
+from agl_trl import DriftReport, FisherStatistics
+model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained("alice/base"), "alice/tuned")
+statistics = FisherStatistics.from_pretrained("alice/tuned")
+report = DriftReport.from_pretrained("alice/tuned")
+print(json.dumps({
+    "found": list(statistics.relative_drift(model).values()), "told": report.relative_drift.tolist(), "step": report.global_step,
+    "base": report.metadata["base_model"], "published": statistics.metadata,
+    "owner": FisherStatistics.from_pretrained("alice/base-agl-fisher").metadata,
+}))
+"""
+
+
+def start(hub, home: Path, cwd: Path, *command: str) -> subprocess.CompletedProcess:
+    environment = hub_environment(hub, home) | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "CI": "1"}
+    return subprocess.run(
+        [sys.executable, *command], check=False, cwd=cwd, env=environment, capture_output=True, text=True, timeout=300
+    )
+
+
+def test_from_owner_to_trainee_to_reader(hub, online, tmp_path):
+    online.create_repo("alice/base")
+    base = online.upload_folder(repo_id="alice/base", folder_path=checkpoint_path("aligned"))
+
+    owner = start(
+        *(
+            hub,
+            tmp_path / "owner",
+            tmp_path,
+            "-m",
+            "agl_trl",
+            "fisher",
+            "--model",
+            "alice/base",
+            "--dataset",
+            "miniworld",
+        ),
+        *("--push", "alice/base-agl-fisher"),
+    )
+    assert owner.returncode == 0, owner.stderr[-2000:]
+    assert set(hub.repo("alice/base-agl-fisher").history()[0].files) == {
+        ".gitattributes",
+        "README.md",
+        "agl/fisher.safetensors",
+    }
+
+    config = yaml.safe_load((ROOT / "examples" / "configs" / "miniworld_sft.yaml").read_text())
+    del config["alignment_dataset_name"]
+    config |= dict(model_name_or_path="alice/base", fisher_path="alice/base-agl-fisher", max_steps=6, warmup_steps=1)
+    config |= dict(save_strategy="steps", save_steps=2, hub_strategy="every_save", hub_always_push=True)
+    config |= dict(push_to_hub=True, hub_model_id="alice/tuned", output_dir=str(tmp_path / "run"))
+    (tmp_path / "run.yaml").write_text(yaml.safe_dump(config))
+    (tmp_path / "two.yaml").write_text(yaml.safe_dump(TWO))
+    trainee = start(
+        *(
+            hub,
+            tmp_path / "trainee",
+            tmp_path,
+            "-m",
+            "accelerate.commands.launch",
+            "--config_file",
+            str(tmp_path / "two.yaml"),
+        ),
+        *(
+            "--main_process_port",
+            str(free_port()),
+            "-m",
+            "agl_trl.scripts.sft",
+            "--config",
+            str(tmp_path / "run.yaml"),
+        ),
+    )
+    assert trainee.returncode == 0, trainee.stderr[-3000:]
+
+    history = hub.repo("alice/tuned").history()
+    steps = [agreeing_folders(commit, tmp_path / "scratch")[""] for commit in history[::-1][1:]]
+    assert steps[:3] == [2, 4, 6] and steps[-1] == 6
+    published = hub.repo("alice/base-agl-fisher").history()[0].files["agl/fisher.safetensors"]
+    assert all(commit.files["agl/fisher.safetensors"].sha256 == published.sha256 for commit in history[:-1])
+    card = history[0].files["README.md"].data.decode()
+    assert "base_model: alice/base" in card and "relative_drift" in card and str(tmp_path) not in card
+
+    reader = start(hub, tmp_path / "reader", tmp_path, "-c", READER)
+    assert reader.returncode == 0, reader.stderr[-2000:]
+    seen = json.loads(reader.stdout.splitlines()[-1])
+    assert seen["found"] == pytest.approx(seen["told"], rel=1e-4) and seen["step"] == 6
+    assert 0 < sum(seen["told"]) / len(seen["told"]) <= 3e-3
+    assert seen["base"]["name"] == "alice/base" and seen["base"]["revision"] == base.oid
+    assert seen["published"] == seen["owner"] and seen["owner"]["dataset"] == "miniworld"
+
+    # Nothing that was sent or printed holds the token, in any repo, log or card.
+    token = hub.token.encode()
+    for repo in hub.repos.values():
+        for commit in repo.commits.values():
+            assert not any(token in blob.data for blob in commit.files.values())
+    for done in (owner, trainee, reader):
+        assert hub.token not in done.stdout + done.stderr
+    for path in (tmp_path / "run").rglob("*"):
+        assert not path.is_file() or token not in path.read_bytes(), path
+
+
+@pytest.fixture
+def elsewhere(online, demo_folder, tmp_path) -> Path:
+    """The demo's plain LoRA adapter, as someone without agl_trl would have it."""
+    folder = tmp_path / "elsewhere"
+    folder.mkdir()
+    for name in ("adapter_config.json", "adapter_model.safetensors"):
+        (folder / name).write_bytes((demo_folder / "lora" / name).read_bytes())
+    (folder / "README.md").write_text("---\nlicense: mit\n---\n\n# Bob's adapter\n")
+    return folder
+
+
+def attach(*arguments: str):
+    return CliRunner().invoke(
+        app, ["attach", *arguments, "--base", "miniworld", "--prompts", "miniworld", "--limit", "24"]
+    )
+
+
+def test_attach_to_a_folder_then_push(hub, online, elsewhere, demo_folder):
+    outcome = attach(str(elsewhere), "--fisher", str(demo_folder))
+    assert outcome.exit_code == 0, outcome.exception
+    assert f"`agl-trl push {elsewhere} USER/NAME`" in outcome.output
+    outcome = CliRunner().invoke(app, ["push", str(elsewhere), "alice/measured"])
+    assert outcome.exit_code == 0, outcome.exception
+    (commit, *_) = hub.repo("alice/measured").history()
+    assert agreeing_folders(commit, elsewhere.parent / "scratch") == {"": None}
+    assert "answers.jsonl" not in commit.files, "answers may say what nobody should read"
+    card = commit.files["README.md"].data.decode()
+    assert "# Bob's adapter" in card and "license: mit" in card and "refusal_rate" in card
+    assert str(elsewhere) not in card
+
+
+@pytest.mark.parametrize("create_pr", [False, True])
+def test_attach_to_a_repo(create_pr, hub, online, elsewhere, demo_folder, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    online.create_repo("alice/theirs")
+    before = online.upload_folder(repo_id="alice/theirs", folder_path=elsewhere)
+    outcome = attach("alice/theirs", "--fisher", str(demo_folder), *(["--create-pr"] if create_pr else []))
+    assert outcome.exit_code == 0, outcome.exception
+    repo = hub.repo("alice/theirs")
+    commit = repo.resolve("refs/pr/1") if create_pr else repo.history()[0]
+    assert commit.parent == before.oid and (repo.history()[0].sha == before.oid) == create_pr
+    assert agreeing_folders(commit, tmp_path / "scratch") == {"": None}
+    assert set(commit.files) - {".gitattributes"} == {
+        *("adapter_config.json", "adapter_model.safetensors", "README.md"),
+        *("agl/drift.png", "agl/drift.safetensors", "agl/fisher.safetensors"),
+    }
+
+
+def test_a_repo_that_moved_on_gets_no_report_of_its_old_adapter(
+    hub, online, elsewhere, demo_folder, tmp_path, monkeypatch
+):
+    """Between measuring and committing the owner pushes another adapter."""
+    monkeypatch.chdir(tmp_path)
+    online.create_repo("alice/theirs")
+    online.upload_folder(repo_id="alice/theirs", folder_path=elsewhere)
+    hub.fail_next(412, match="commit")
+    outcome = attach("alice/theirs", "--fisher", str(demo_folder))
+    assert "another commit arrived in between" in str(outcome.exception)
+    assert "agl/drift.safetensors" not in hub.repo("alice/theirs").history()[0].files
+    assert attach("alice/theirs", "--fisher", str(demo_folder)).exit_code == 0
+    folder = adapter_folder("alice/theirs")
+    adapter = hashlib.sha256((folder / "adapter_model.safetensors").read_bytes()).hexdigest()
+    assert DriftReport.from_pretrained("alice/theirs").adapter_sha256 == adapter
+
+
+def test_push_says_what_is_missing(tmp_path, elsewhere):
+    (tmp_path / "empty").mkdir()
+    for folder, sentence in (
+        (tmp_path / "no", "There is no folder"),
+        (tmp_path / "empty", "There is no adapter in"),
+        (elsewhere, "There is no report in"),
+    ):
+        outcome = CliRunner().invoke(app, ["push", str(folder), "alice/x"])
+        assert sentence in str(outcome.exception) and outcome.exit_code == 1

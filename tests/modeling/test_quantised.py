@@ -1,0 +1,106 @@
+"""QLoRA: a base in 4 or 8 bit (bitsandbytes on the CPU), guarded as its dequantised weights."""
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+
+from agl_trl import AGLSFTConfig, AGLSFTTrainer, DriftReport, FisherStatistics
+from agl_trl.modeling.generation import evaluating
+from agl_trl.modeling.loading import load_model
+from agl_trl.modeling.lora import adapted_layers, base_weight, linear_layers
+from tests.helpers.models import tiny_model
+from tests.helpers.training import COMMON, lora
+
+
+pytest.importorskip("bitsandbytes", reason="bitsandbytes is not installed")
+pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::UserWarning")
+QUANTISATIONS = {
+    "4 bit": BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True),
+    "8 bit": BitsAndBytesConfig(load_in_8bit=True),
+}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory, tokenizer):
+    folder = tmp_path_factory.mktemp("base")
+    tiny_model(hidden_size=64, intermediate_size=64).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+def trainer_of(path, folder, train_rows, alignment_rows, quantisation, **config):
+    return AGLSFTTrainer(
+        str(folder),
+        AGLSFTConfig(str(path), **COMMON | dict(max_steps=3) | config),
+        train_dataset=train_rows,
+        quantization_config=QUANTISATIONS[quantisation],
+        peft_config=lora(),
+        alignment_dataset=alignment_rows,
+    )
+
+
+@pytest.mark.parametrize("quantisation", QUANTISATIONS)
+def test_quantised_base_trains_under_budget(quantisation, folder, tmp_path, train_rows, alignment_rows):
+    trainer = trainer_of(
+        tmp_path,
+        folder,
+        train_rows,
+        alignment_rows,
+        quantisation,
+        drift_budget=1e-3,
+        collision_coef=0.1,
+        collision_rows=8,
+    )
+    assert all(type(layer.module).__name__ in ("Linear4bit", "Linear8bitLt") for layer in trainer._guarded)
+    assert {layer.parameters[0].dtype for layer in trainer._guarded} == {torch.bfloat16}, "TRL's cast"
+    trainer.train()
+    trainer.save_model()
+    report = DriftReport.from_pretrained(tmp_path)
+    assert 0 < report.mean_relative_drift <= 1e-3
+    entry = next(entry for entry in reversed(trainer.state.log_history) if "loss" in entry)
+    assert entry["agl/riemannian"] > 0 and entry["agl/relative_drift"] > 0
+
+
+@pytest.mark.parametrize("quantisation", QUANTISATIONS)
+def test_statistics_of_the_whole_model_fit_its_quantised_form(
+    quantisation, folder, tmp_path, train_rows, alignment_rows, tokenizer
+):
+    """The owner publishes statistics of the bf16 model; who trains in 4 bit uses them: ‖W‖ agrees within 5 %."""
+    from peft import get_peft_model
+
+    from agl_trl import estimate_fisher
+
+    whole = get_peft_model(AutoModelForCausalLM.from_pretrained(folder), lora())
+    statistics = estimate_fisher(whole, alignment_rows, tokenizer, progress=False)
+    statistics.save_pretrained(tmp_path / "published")
+    trainer = trainer_of(
+        tmp_path / "run", folder, train_rows, None, quantisation, fisher_path=str(tmp_path / "published")
+    )
+    for layer, other in zip(trainer._guarded, adapted_layers(whole), strict=True):
+        error = (base_weight(layer.module) - base_weight(other.module)).norm() / base_weight(other.module).norm()
+        assert error < 0.15
+    trainer.train()
+    assert FisherStatistics.from_pretrained(tmp_path / "published").num_tokens == trainer.statistics.num_tokens
+
+
+@pytest.mark.parametrize("quantisation", QUANTISATIONS)
+def test_passes_in_eval_mode_leave_weights_readable_and_gradients_flowing(quantisation, tmp_path, tokenizer):
+    """On CPUs with AVX512-BF16, bitsandbytes rearranges 4-bit weights for good, unless it is kept from it."""
+    tiny_model(hidden_size=64, intermediate_size=128).save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    model = AutoModelForCausalLM.from_pretrained(tmp_path, quantization_config=QUANTISATIONS[quantisation])
+    exact = {name: base_weight(module) for name, module in linear_layers(load_model(str(tmp_path))[0]).items()}
+    layers, ids = linear_layers(model), torch.ones(1, 4, dtype=torch.long)
+    for passes in ("ours", "of others"):
+        with torch.no_grad():
+            if passes == "ours":
+                with evaluating(model):
+                    model(ids)
+            else:
+                model.eval()(ids)
+        for name, module in layers.items():
+            assert (base_weight(module) - exact[name]).norm() < 0.15 * exact[name].norm()
+        if passes == "ours":
+            embedded = model.get_input_embeddings()(ids).detach().requires_grad_()
+            model(inputs_embeds=embedded).logits.sum().backward()
+            assert embedded.grad is not None and embedded.grad.norm() > 0

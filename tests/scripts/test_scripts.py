@@ -1,0 +1,145 @@
+"""The training scripts as a user starts them: real processes, YAML, flags, and the sentence when something is wrong."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+import yaml
+from datasets import Dataset
+from peft import LoraConfig
+from trl import SFTConfig, SFTTrainer
+
+from agl_trl import DriftCallback, DriftReport, estimate_fisher
+from agl_trl.miniworld import alignment_dataset
+from agl_trl.scripts import dpo, sft, training
+from tests.helpers.models import chat_rows, tiny_model
+from tests.helpers.processes import COMMON as TWO
+from tests.helpers.processes import ROOT, launch
+from tests.helpers.training import COMMON, lora
+
+
+CONFIGS = ROOT / "examples" / "configs"
+SHORT = ("--max_steps", "3", "--logging_steps", "1")
+
+
+@pytest.mark.parametrize("kind", ["sft", "dpo"])
+def test_example_runs_in_two_processes(kind, tmp_path):
+    """`accelerate launch examples/….py --config …`, in two processes, from published statistics for DPO."""
+    extra = ()
+    if kind == "dpo":
+        from agl_trl.miniworld import load_model, load_tokenizer
+
+        statistics = estimate_fisher(
+            load_model(), alignment_dataset().select(range(40)), load_tokenizer(), progress=False
+        )
+        statistics.save_pretrained(tmp_path / "published")
+        extra = ("--fisher_path", str(tmp_path / "published"))
+    command = (f"examples/{kind}.py", "--config", str(CONFIGS / f"miniworld_{kind}.yaml"), *SHORT, *extra)
+    done = launch(TWO, tmp_path, *command, "--output_dir", str(tmp_path / "out"), "--save_strategy", "steps")
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert done.stdout.count("Training completed") == 1 and "relative drift" in done.stdout
+    report = DriftReport.from_pretrained(tmp_path / "out")
+    assert 0 < report.mean_relative_drift <= 3e-3 and report.global_step == 3
+    config = json.loads((tmp_path / "out" / "adapter_config.json").read_text())
+    assert config["r"] == 8 and "checkpoint-3" in {path.name for path in (tmp_path / "out").iterdir()}
+
+
+def start(*arguments: str) -> subprocess.CompletedProcess:
+    return subprocess.run(
+        [sys.executable, "-m", *arguments], check=False, cwd=ROOT, capture_output=True, text=True, timeout=200
+    )
+
+
+def test_misspelt_key_stops_the_run(tmp_path):
+    config = yaml.safe_load((CONFIGS / "miniworld_sft.yaml").read_text()) | {"drift_bugdet": 1e-3}
+    (tmp_path / "run.yaml").write_text(yaml.safe_dump(config))
+    done = start("agl_trl.scripts.sft", "--config", str(tmp_path / "run.yaml"), "--output_dir", str(tmp_path / "out"))
+    assert done.returncode == 2 and "drift_bugdet" in done.stderr.splitlines()[-1] and not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        (("--alignment_dataset_name", "nowhere.jsonl"), "Can't read rows from 'nowhere.jsonl': there is no such file"),
+        (("--dataset_name", "nowhere.csv"), "Can't read rows from 'nowhere.csv'"),
+        (("--fisher_path", "nowhere"), "nowhere"),
+        (("--use_peft", "false"), "there is none: pass `peft_config"),
+    ],
+)
+def test_failure_is_one_sentence(arguments, sentence, tmp_path, monkeypatch):
+    config = ("--config", str(CONFIGS / "miniworld_sft.yaml"), "--output_dir", str(tmp_path / "out"))
+    monkeypatch.setattr(sys, "argv", ["sft.py", *config, *arguments])
+    with pytest.raises(SystemExit) as stopped:
+        sft.main(*training.parse(sft.make_parser()))
+    assert sentence in stopped.value.code and "\n" not in stopped.value.code  # what Python prints, and exit code 1
+
+
+def test_model_and_rows_from_local_folders_and_files(tmp_path, tokenizer):
+    """The real loading path: a model folder, JSONL training rows, JSONL alignment rows, no adapter named but by flags."""
+    tiny_model().save_pretrained(tmp_path / "base")
+    tokenizer.save_pretrained(tmp_path / "base")
+    Dataset.from_list(chat_rows(12, "say", "the number is {}")).to_json(tmp_path / "train.jsonl")
+    Dataset.from_list(chat_rows(5, "please do bad thing", "Sorry, no {}.")).to_json(tmp_path / "keep.jsonl")
+    done = start(
+        "agl_trl.scripts.sft",
+        *("--model_name_or_path", str(tmp_path / "base"), "--dataset_name", str(tmp_path / "train.jsonl")),
+        *("--alignment_dataset_name", str(tmp_path / "keep.jsonl"), "--output_dir", str(tmp_path / "out")),
+        *("--use_peft", "--lora_target_modules", "all-linear", "--use_cpu", "--bf16", "false", "--report_to", "none"),
+        *SHORT,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert DriftReport.from_pretrained(tmp_path / "out").mean_relative_drift > 0
+
+
+@pytest.mark.parametrize("path", sorted(CONFIGS.glob("*.yaml")), ids=lambda path: path.stem)
+def test_every_example_config_parses(path, monkeypatch, tmp_path):
+    if "qwen" in path.stem or "llama" in path.stem:  # for a GPU: bf16 is refused without one
+        extra = ["--use_cpu", "--bf16", "false"]
+    else:
+        extra = []
+    monkeypatch.setattr(sys, "argv", ["script", "--config", str(path), "--output_dir", str(tmp_path), *extra])
+    parser = (dpo if path.stem.endswith("dpo") else sft).make_parser()
+    script_args, training_args, model_args, _ = parser.parse_args_and_config()
+    assert training_args.drift_budget == 3e-3 and training_args.agl_enabled and model_args.use_peft
+    assert script_args.dataset_name
+
+
+def test_callback_logs_the_drift_of_any_trainer(tmp_path, tokenizer, train_rows, alignment_rows):
+    from peft import get_peft_model
+
+    model = get_peft_model(tiny_model(), lora())
+    statistics = estimate_fisher(model, alignment_rows, tokenizer, progress=False)
+    statistics.save_pretrained(tmp_path)
+    trainer = SFTTrainer(
+        model,
+        SFTConfig(str(tmp_path / "out"), **COMMON),
+        train_dataset=train_rows,
+        processing_class=tokenizer,
+        callbacks=[DriftCallback(tmp_path)],
+    )
+    trainer.train()
+    drifts = [entry["agl/relative_drift"] for entry in trainer.state.log_history if "loss" in entry]
+    expected = statistics.relative_drift(trainer.model)
+    assert drifts == sorted(drifts) and drifts[-1] == pytest.approx(sum(expected.values()) / len(expected), rel=1e-5)
+
+
+def test_callback_refuses_a_model_without_adapter_and_another_base(tmp_path, tokenizer, train_rows, alignment_rows):
+    from agl_trl.artifacts.files import ArtifactError
+
+    statistics = estimate_fisher(tiny_model(), alignment_rows, tokenizer, progress=False)
+    config = SFTConfig(str(tmp_path), **COMMON)
+    for model, adapter, error, sentence in (
+        (tiny_model(), None, TypeError, "the model has none"),
+        (tiny_model(hidden_size=64), LoraConfig(r=2, target_modules="all-linear"), ArtifactError, "hidden_size"),
+    ):
+        trainer = SFTTrainer(
+            model,
+            config,
+            train_dataset=train_rows,
+            processing_class=tokenizer,
+            peft_config=adapter,
+            callbacks=[DriftCallback(statistics)],
+        )
+        with pytest.raises(error, match=sentence):
+            trainer.train()

@@ -1,0 +1,79 @@
+"""Other models than the app's own: from the Hub, from variables, broken, private, too large, without a report."""
+
+import shutil
+from pathlib import Path
+
+import pytest
+from huggingface_hub import HfApi
+
+from agl_trl.artifacts.files import ADAPTER_FILE
+from agl_trl.space import build_app, drift_map
+from agl_trl.space.models import ADAPTERS, EMBEDDED, Models
+from agl_trl.space.side_by_side import EXAMPLES, answers
+
+
+UNSAFE = EXAMPLES[0][1]
+
+
+def put(folder: Path, repo: str, private: bool = False) -> None:
+    HfApi().create_repo(repo, private=private)
+    HfApi().upload_folder(repo_id=repo, folder_path=folder)
+
+
+def test_adapter_from_the_hub_has_two_panes(hub, online):
+    put(ADAPTERS / "agl", "alice/adapter")
+    models = Models(hosted=True)
+    *_, panes = answers(models, UNSAFE, 0.0, 0, 48, "", "alice/adapter")
+    assert [pane.verdict.label for pane in panes] == ["refusal", "refusal"] and panes[1].side.detail == "alice/adapter"
+    assert "<h4>Relative drift by layer" in drift_map.map_html(models.get("", "alice/adapter"), "Relative drift")
+    *_, own = answers(models, UNSAFE, 0.0, 0, 48, "", "")
+    assert len(own) == 3
+    assert Models(EMBEDDED, "alice/adapter").own.sides[1].detail == "alice/adapter"
+
+
+def test_visitors_do_not_read_what_only_the_owner_may(hub, online):
+    put(ADAPTERS / "agl", "alice/secret", private=True)
+    with pytest.raises(ValueError, match="Can't read 'alice/secret'"):
+        Models(hosted=True).get(EMBEDDED, "alice/secret")
+    assert (
+        Models(EMBEDDED, "alice/secret", hosted=True).own.sides[1].detail == "alice/secret"
+    )  # the owner's own choice
+
+
+def test_broken_adapters_get_a_sentence(hub, online, tmp_path):
+    shutil.copytree(ADAPTERS / "agl", tmp_path / "cut")
+    file = tmp_path / "cut" / ADAPTER_FILE
+    file.write_bytes(file.read_bytes()[:1000])
+    put(tmp_path / "cut", "alice/cut")
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "empty" / "README.md").write_text("nothing")
+    put(tmp_path / "empty", "alice/empty")
+    for repo in ("alice/cut", "alice/empty"):
+        with pytest.raises(ValueError) as error:
+            Models(hosted=True).get(EMBEDDED, repo)
+        assert repo in str(error.value) and str(tmp_path) not in str(error.value) and "\n" not in str(error.value)
+
+
+def test_giants_are_refused_before_they_are_loaded(hub, online, monkeypatch):
+    put(ADAPTERS / "agl", "alice/adapter")
+    monkeypatch.setattr("agl_trl.space.models.LARGEST_ADAPTER", 1e5)
+    with pytest.raises(ValueError, match="more than this Space loads"):
+        Models(hosted=True).get(EMBEDDED, "alice/adapter")
+
+
+def test_drift_map_says_what_is_wrong_with_a_report(tmp_path):
+    for name in ("none", "other"):
+        shutil.copytree(ADAPTERS / "agl", tmp_path / name)
+    shutil.rmtree(tmp_path / "none" / "agl")
+    shutil.copy(ADAPTERS / "plain" / ADAPTER_FILE, tmp_path / "other")
+    for name, said in (("none", "has no drift report"), ("other", "report is of another adapter")):
+        shown = drift_map.map_html(Models(EMBEDDED, str(tmp_path / name)).own, "Relative drift")
+        assert said in shown and "agl-notice" in shown and "agl-heat" not in shown
+
+
+def test_variables_name_the_models(monkeypatch):
+    monkeypatch.setenv("ADAPTER", str(ADAPTERS / "plain"))
+    assert "agl-of-2" in str(build_app().get_config_file())
+    monkeypatch.setenv("ADAPTER", "nobody/nothing")
+    with pytest.raises(ValueError, match="Can't read 'nobody/nothing'"):
+        build_app()

@@ -1,0 +1,46 @@
+"""What AGL refuses at construction, with the reason; accelerate's own plugin objects, without starting their engines."""
+
+from types import SimpleNamespace
+
+import pytest
+from accelerate.utils import FullyShardedDataParallelPlugin, ParallelismConfig
+
+from agl_trl import AGLSFTConfig
+from agl_trl.trainer.checks import check_run
+
+
+def accelerator(fsdp=None, deepspeed=None, parallel=None, processes=2):
+    state = SimpleNamespace(deepspeed_plugin=deepspeed, fsdp_plugin=fsdp)
+    return SimpleNamespace(state=state, parallelism_config=parallel, num_processes=processes)
+
+
+def fsdp(version, kind="FULL_STATE_DICT"):
+    return FullyShardedDataParallelPlugin(fsdp_version=version, state_dict_type=kind)
+
+
+REENTRANT = dict(gradient_checkpointing=True, gradient_checkpointing_kwargs=dict(use_reentrant=True))
+CASES = {
+    "fsdp1": (dict(fsdp=fsdp(1)), {}, "FSDP1 flattens the adapter"),
+    "sharded": (dict(fsdp=fsdp(2, "SHARDED_STATE_DICT")), {}, "Sharded checkpoints hold no adapter file"),
+    "zero3": (dict(deepspeed=SimpleNamespace(zero_stage=3)), {}, "Under DeepSpeed ZeRO-3 no process holds"),
+    "zero2 budget": (dict(deepspeed=SimpleNamespace(zero_stage=2)), {}, "which `drift_budget` can't scale back"),
+    "tensor parallel": (dict(parallel=ParallelismConfig(tp_size=2)), {}, "AGL runs on data parallelism alone"),
+    "reentrant ddp": ({}, REENTRANT, "Reentrant gradient checkpointing marks"),
+}
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_engines_that_are_refused(name, tmp_path, tokenizer):
+    engine, options, sentence = CASES[name]
+    args = AGLSFTConfig(str(tmp_path), use_cpu=True, bf16=False, **dict(gradient_checkpointing=False) | options)
+    with pytest.raises(ValueError, match=sentence):
+        check_run(args, tokenizer, accelerator(**engine), fsdp="fsdp" in engine)
+
+
+def test_engines_that_are_supported(tmp_path, tokenizer):
+    args = AGLSFTConfig(str(tmp_path), use_cpu=True, bf16=False, alignment_coef=3.0, gradient_checkpointing=True)
+    check_run(args, tokenizer, accelerator(), fsdp=False)
+    check_run(args, tokenizer, accelerator(fsdp=fsdp(2)), fsdp=True)
+    check_run(args, tokenizer, accelerator(deepspeed=SimpleNamespace(zero_stage=2)), fsdp=False)
+    reentrant = AGLSFTConfig(str(tmp_path), use_cpu=True, bf16=False, **REENTRANT)
+    check_run(reentrant, tokenizer, accelerator(processes=1), fsdp=False)

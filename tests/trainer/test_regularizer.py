@@ -1,0 +1,231 @@
+"""Budget, anchor, variants and continued adapters, in real training runs of a tiny model."""
+
+import pytest
+import torch
+from peft import get_peft_model
+
+from agl_trl import AGLSFTConfig, DriftReport
+from agl_trl.modeling.lora import adapted_layers, at_reference
+from agl_trl.objective.budget import DriftBudget
+from tests.helpers.models import tiny_model
+from tests.helpers.training import adapter_of, agl_trainer, lora
+
+
+@pytest.mark.parametrize("budget", [1e-5, 1e-3])
+@pytest.mark.parametrize("coef", [0.0, 3.0])
+def test_budget_is_kept_after_every_step(budget, coef, tmp_path, tokenizer, train_rows, alignment_rows):
+    trainer = agl_trainer(
+        tmp_path,
+        tokenizer,
+        train_rows,
+        alignment_rows,
+        alignment_coef=coef,
+        drift_budget=budget,
+        max_steps=12,
+        learning_rate=2e-2,
+    )
+    drifts = []
+    prepare = trainer._prepare_for_training
+
+    def watched(*args):
+        prepared = prepare(*args)
+        trainer.optimizer.optimizer.register_step_post_hook(
+            lambda *_: drifts.append(trainer._guard.drift(trainer._guard.factors()).mean().item())
+        )
+        return prepared
+
+    trainer._prepare_for_training = watched
+    trainer.train()
+    assert len(drifts) == 12 and max(drifts) <= budget and max(drifts) > 0.5 * budget
+    report = trainer.drift_report()
+    assert report.mean_relative_drift <= budget and report.budget_multiplier > 0
+    assert all(torch.isfinite(torch.tensor(entry["loss"])) for entry in trainer.state.log_history if "loss" in entry)
+
+
+def test_budget_that_is_never_reached_changes_nothing(tmp_path, tokenizer, train_rows, alignment_rows):
+    free = agl_trainer(tmp_path / "free", tokenizer, train_rows, alignment_rows, alignment_coef=3.0)
+    free.train()
+    budgeted = agl_trainer(
+        tmp_path / "budget", tokenizer, train_rows, alignment_rows, drift_budget=1e3, alignment_coef=3.0
+    )
+    budgeted.train()
+    for (name, a), b in zip(adapter_of(free).items(), adapter_of(budgeted).values(), strict=True):
+        assert torch.equal(a, b), name
+
+
+def test_multiplier_rises_while_a_step_overshoots_and_falls_while_there_is_room():
+    budget, B = DriftBudget(1.0, torch.device("cpu")), torch.ones(3)
+    budget.after_step(torch.tensor(4.0), [B])
+    assert (
+        budget.multiplier.item() == pytest.approx(0.3) and B[0].item() == pytest.approx(0.5, rel=1e-3) and B[0] < 0.5
+    )
+    budget.after_step(torch.tensor(0.5), [B])
+    assert budget.multiplier.item() == pytest.approx(0.25) and B[0].item() == pytest.approx(0.5, rel=1e-3)
+    drift = torch.tensor(0.8, requires_grad=True)
+    (gradient,) = torch.autograd.grad(budget.penalty(drift), drift)
+    assert gradient.item() == pytest.approx(0.25)
+    for _ in range(9):
+        budget.after_step(torch.tensor(0.0), [B])
+    assert budget.multiplier.item() == 0 and torch.isfinite(B).all()
+
+
+def test_budget_is_kept_where_its_float32_rounds_up():
+    """float32(1e-3) is above 1e-3: a drift of exactly that is over the budget."""
+    budget, B = DriftBudget(1e-3, torch.device("cpu")), torch.ones(3)
+    drift = torch.tensor(1e-3, dtype=torch.float32)
+    assert drift.item() > 1e-3
+    budget.after_step(drift, [B])
+    assert (drift.double() * B[0].double() ** 2).item() <= 1e-3 and B[0] > 0.999999
+
+
+OPTIONS = {
+    "two weights": dict(task_coef=0.3),
+    "identity": dict(task_metric="identity"),
+    "task metric": dict(task_metric="task"),
+    "overlap": dict(collision_coef=0.1, collision_alpha=1.0),
+    "sampled overlap": dict(collision_coef=0.1, collision_alpha=1.0, collision_rows=8),
+    "everything": dict(collision_coef=0.1, fisher_shrinkage=0.2),
+    "paper": dict(variant="paper", fisher_rank=4),
+}
+TERMS = {
+    "two weights": {"alignment", "task"},
+    "identity": {"alignment", "task"},
+    "task metric": {"alignment", "task"},
+    "overlap": {"alignment", "task", "riemannian"},
+    "sampled overlap": {"alignment", "task", "riemannian"},
+    "everything": {"alignment", "task", "neither", "riemannian", "geodesic"},
+    "paper": {"alignment", "task", "riemannian", "geodesic"},
+}
+
+
+@pytest.mark.parametrize("name", OPTIONS)
+def test_every_term_trains_and_is_logged(name, tmp_path, tokenizer, train_rows, alignment_rows):
+    trainer = agl_trainer(
+        tmp_path, tokenizer, train_rows, alignment_rows, max_steps=2, **dict(alignment_coef=3.0) | OPTIONS[name]
+    )
+    trainer.train()
+    last = [entry for entry in trainer.state.log_history if "loss" in entry][-1]
+    logged = {key.removeprefix("agl/") for key in last if key.startswith("agl/")}
+    assert logged == TERMS[name] | {"penalty", "relative_drift"}
+    dead = {"geodesic"} if name == "paper" else set()
+    assert all(last[f"agl/{term}"] > 0 for term in logged - dead)
+    # Orthogonal parts; what is left comes from the eigenvectors being stored in bfloat16.
+    assert all(last[f"agl/{term}"] < 1e-3 for term in dead)
+    trainer.save_model()
+    saved = DriftReport.from_pretrained(tmp_path).metadata["coefficients"]
+    assert saved["variant"] == ("paper" if name == "paper" else "kfac")
+
+
+def test_anchor_holds_the_answers_of_the_reference(tmp_path, tokenizer, train_rows, alignment_rows):
+    """Training on the opposite of the alignment answers: the anchored run ends nearer to the reference."""
+    final = []
+    for coef in (1e-8, 1000.0):
+        trainer = agl_trainer(
+            tmp_path / str(coef),
+            tokenizer,
+            train_rows,
+            alignment_rows,
+            alignment_coef=0.0,
+            anchor_coef=coef,
+            anchor_every=2,
+            anchor_batch_size=10,
+            max_steps=20,
+        )
+        trainer.train()
+        assert trainer._guard.anchor.loss(trainer.model.eval(), 0).item() >= 0
+        with at_reference(trainer.model, trainer._guarded):
+            assert trainer._guard.anchor.loss(trainer.model, 0).item() == pytest.approx(0, abs=1e-5)
+        final.append(trainer._guard.anchor.loss(trainer.model, 0).item())
+        steps = [entry for entry in trainer.state.log_history if "loss" in entry]
+        assert [("agl/anchor_kl" in entry) for entry in steps] == [step % 2 == 0 for step in range(20)]
+    assert final[1] < 0.5 * final[0]
+
+
+def test_continued_adapter_is_measured_from_where_it_started(tmp_path, tokenizer, train_rows, alignment_rows):
+    def moved_model():
+        model = get_peft_model(tiny_model(), lora())
+        torch.manual_seed(3)
+        for layer in adapted_layers(model):
+            torch.nn.init.normal_(layer.current.B, std=0.1)
+        return model
+
+    def trainer(folder):
+        from agl_trl import AGLSFTTrainer
+        from tests.helpers.training import COMMON
+
+        return AGLSFTTrainer(
+            moved_model(),
+            AGLSFTConfig(
+                str(folder),
+                anchor_coef=0.1,
+                anchor_every=1,
+                save_strategy="steps",
+                save_steps=2,
+                **{k: v for k, v in COMMON.items() if k != "save_strategy"},
+            ),
+            train_dataset=train_rows,
+            processing_class=tokenizer,
+            alignment_dataset=alignment_rows,
+        )
+
+    whole = trainer(tmp_path)
+    start = adapter_of(whole)
+    whole.train()
+    first = next(entry for entry in whole.state.log_history if "loss" in entry)
+    assert first["agl/relative_drift"] == pytest.approx(0, abs=1e-9) and first["agl/anchor_kl"] == pytest.approx(
+        0, abs=1e-2
+    )
+    report = whole.drift_report()
+    layer = whole._guarded[5]
+    A, B, scaling = layer.current
+    name = f"base_model.model.{layer.name}.lora_{{}}.default.weight"
+    delta = scaling * (B @ A - start[name.format("B")] @ start[name.format("A")]).detach().double()
+    from tests.helpers.reference import dense, quadratic_form
+
+    metric = whole.statistics.metric(layer.name)
+    expected = quadratic_form(delta, dense(metric.input), None) / metric.weight_norm.double() ** 2
+    assert report.relative_drift[5].item() == pytest.approx(expected.item(), rel=1e-3)
+
+    resumed = trainer(tmp_path)
+    resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
+    for (name, a), b in zip(adapter_of(whole).items(), adapter_of(resumed).values(), strict=True):
+        assert torch.equal(a, b), name
+
+
+def test_budget_and_anchor_resume_bit_identical(tmp_path, tokenizer, train_rows, alignment_rows):
+    kwargs = dict(
+        collision_rows=8,
+        drift_budget=1e-4,
+        anchor_coef=0.5,
+        anchor_every=2,
+        collision_coef=0.1,
+        save_strategy="steps",
+        save_steps=3,
+        max_steps=6,
+    )
+    whole = agl_trainer(tmp_path, tokenizer, train_rows, alignment_rows, **kwargs)
+    whole.train()
+    resumed = agl_trainer(tmp_path, tokenizer, train_rows, alignment_rows, **kwargs)
+    resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-3"))
+    for (name, a), b in zip(adapter_of(whole).items(), adapter_of(resumed).values(), strict=True):
+        assert torch.equal(a, b), name
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (dict(alignment_coef=-1.0), "`alignment_coef` must not be negative"),
+        (dict(collision_alpha=1.5), "`collision_alpha` must lie between 0 and 1"),
+        (dict(drift_budget=0.0), "`drift_budget` must be above 0"),
+        (dict(task_metric="euclid"), "`task_metric` must be one of"),
+        (dict(anchor_every=0), "`anchor_every` must be at least 1"),
+    ],
+)
+def test_bad_values_get_one_sentence(change, message, tmp_path):
+    with pytest.raises(ValueError, match=message):
+        AGLSFTConfig(str(tmp_path), use_cpu=True, bf16=False, **change)
+
+
+def test_anchor_without_rows_is_refused(tmp_path, tokenizer, train_rows):
+    with pytest.raises(ValueError, match="`anchor_coef` needs rows to anchor on"):
+        agl_trainer(tmp_path, tokenizer, train_rows, None, anchor_coef=1.0, fisher_path=str(tmp_path))
