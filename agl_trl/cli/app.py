@@ -162,7 +162,7 @@ def project(
     strength, As = strength_for(layers, statistics, budget)
     write_projected(folder, output_dir, layers, As)
     for layer, A in zip(layers, As, strict=True):
-        layer.parameters[0].data.copy_(A)
+        layer.parameters()[0].data.copy_(A)
     after = DriftReport.measure(model, statistics)
     after.adapter_sha256 = sha256(output_dir / ADAPTER_FILE)
     after.metadata["projected"] = {"budget": budget, "strength": strength, "drift_before": before.mean_relative_drift}

@@ -50,12 +50,12 @@ def strength_for(
     if statistics.shrinkage < 1:
         raise ValueError("Projection needs statistics of the input side alone: estimate them with shrinkage 1.")
     drift = statistics.drift_of(layers)
-    metrics = [statistics.metric(layer.name, layer.current.A.device).input for layer in layers]
-    metrics = [X.to(torch.float32) for X in metrics]
+    current = [layer.current() for layer in layers]
+    metrics = [statistics.metric(layer.name, A.device).input for layer, (A, _, _) in zip(layers, current, strict=True)]
 
     def at(strength: float) -> tuple[float, list[Tensor]]:
-        As = [projected_factor(layer.current.A.float(), X, strength) for layer, X in zip(layers, metrics, strict=True)]
-        factors = [layer.current._replace(A=A) for layer, A in zip(layers, As, strict=True)]
+        As = [projected_factor(factors.A.float(), X, strength) for factors, X in zip(current, metrics, strict=True)]
+        factors = [one._replace(A=A) for one, A in zip(current, As, strict=True)]
         return drift(factors).mean().item(), As
 
     value, As = at(0.0)

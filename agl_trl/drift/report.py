@@ -123,10 +123,11 @@ class DriftReport:
                 Layers with the factors they are measured from; by default those of the active adapter, from ΔW = 0.
         """
         layers = adapted_layers(model) if layers is None else layers
-        drift = statistics.drift_of(layers)([layer.factors for layer in layers]).cpu()
+        factors = [layer.factors() for layer in layers]
+        drift = statistics.drift_of(layers)(factors).cpu()
         parts = []
-        for layer, weights in zip(layers, each_frozen(layers), strict=True):
-            update = Update(layer.factors.A.float(), layer.factors.B.float() * layer.factors.scaling)
+        for layer, (A, B, scaling), weights in zip(layers, factors, each_frozen(layers), strict=True):
+            update = Update(A.float(), B.float() * scaling)
             parts.append(_parts(update, statistics.metric(layer.name, update.A.device), fisher_energy, weights))
         return cls._of([layer.name for layer in layers], drift, parts, statistics, fisher_energy)
 

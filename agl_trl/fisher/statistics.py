@@ -98,7 +98,7 @@ class FisherStatistics:
     def drift_of(self, layers: list[AdaptedLayer]) -> RelativeDrift:
         """Batched relative drift of guarded layers, ready to be called with their factors at every step."""
         metrics = [self.kept_metric(layer.name) for layer in layers]
-        return RelativeDrift(grouped(metrics, [layer.factors for layer in layers]))
+        return RelativeDrift(grouped(metrics, [layer.factors() for layer in layers]))
 
     def relative_drift(self, model: PreTrainedModel | PeftModel) -> dict[str, float]:
         """
@@ -107,7 +107,7 @@ class FisherStatistics:
         """
         layers = adapted_layers(model)
         with torch.no_grad():
-            drifts = self.drift_of(layers)([layer.factors for layer in layers])
+            drifts = self.drift_of(layers)([layer.factors() for layer in layers])
         return dict(zip((layer.name for layer in layers), drifts.tolist(), strict=True))
 
     def quadratic_form(self, model: PreTrainedModel | PeftModel) -> dict[str, float]:

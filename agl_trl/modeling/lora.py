@@ -48,23 +48,21 @@ class AdaptedLayer:
     adapter: str
     reference: LoraFactors | None = None
 
-    @property
     def parameters(self) -> tuple[Tensor, Tensor]:
         """The weights of `lora_A` and `lora_B`; looked up on every call, because PEFT replaces them when it loads a checkpoint."""
         return self.module.lora_A[self.adapter].weight, self.module.lora_B[self.adapter].weight
 
-    @property
     def current(self) -> LoraFactors:
         """The adapter's own factors; under FSDP2 gathered from all processes, which all must ask."""
-        A, B = self.parameters
+        A, B = self.parameters()
         return LoraFactors(whole(A), whole(B), self.module.scaling[self.adapter])
 
-    @property
     def factors(self) -> LoraFactors:
         """Factors of the movement since training began, `ΔW = sBA − s₀B₀A₀`: of rank 2r where there is a reference."""
+        A, B, s = self.current()
         if self.reference is None:
-            return self.current
-        (A, B, s), (A0, B0, s0) = self.current, self.reference
+            return LoraFactors(A, B, s)
+        A0, B0, s0 = self.reference
         A, B, A0, B0 = A.float(), B.float(), A0.to(A.device, torch.float32), B0.to(B.device, torch.float32)
         # s(B − B₀)A + B₀(sA − s₀A₀): the differences are taken between factors, where nothing large cancels.
         return LoraFactors(torch.cat([A, s * A - s0 * A0]), torch.cat([s * (B - B0), B0], 1), 1.0)
@@ -72,13 +70,13 @@ class AdaptedLayer:
     @torch.no_grad()
     def has_moved(self) -> bool:
         """Whether BA is not zero; orthogonal inits have BA = 0 up to rounding with both factors non-zero."""
-        A, B, _ = self.current
+        A, B, _ = self.current()
         moved = ((B.mT @ B) * (A @ A.mT)).sum() > 1e-10 * A.square().sum() * B.square().sum()
         return bool(moved)
 
     def with_reference(self) -> Self:
         """This layer with its current factors as reference."""
-        A, B, s = self.current
+        A, B, s = self.current()
         return replace(self, reference=LoraFactors(A.detach().clone(), B.detach().clone(), s))
 
 
@@ -167,19 +165,19 @@ def at_reference(model: PeftModel, layers: list[AdaptedLayer]) -> Iterator[None]
         with model.disable_adapter():
             yield
         return
-    kept = [[tensor.detach().clone() for tensor in layer.current[:2]] for layer in layers]
+    kept = [[tensor.detach().clone() for tensor in layer.current()[:2]] for layer in layers]
     try:
         for layer in layers:
             _assign(layer, layer.reference)
         yield
     finally:
         for layer, (A, B) in zip(layers, kept, strict=True):
-            _assign(layer, LoraFactors(A, B, layer.current.scaling))
+            _assign(layer, LoraFactors(A, B, layer.module.scaling[layer.adapter]))
 
 
 def _assign(layer: AdaptedLayer, factors: LoraFactors | None) -> None:
     assert factors is not None, "every layer of a continued adapter has a reference"
-    for parameter, value in zip(layer.parameters, factors[:2], strict=True):
+    for parameter, value in zip(layer.parameters(), factors[:2], strict=True):
         if isinstance(parameter, DTensor):
             value = distribute_tensor(value.to(parameter.device), parameter.device_mesh, parameter.placements)
         parameter.data.copy_(value)
@@ -187,7 +185,7 @@ def _assign(layer: AdaptedLayer, factors: LoraFactors | None) -> None:
 
 def trained_outside_lora(model: PeftModel) -> list[str]:
     """Names of trainable parameters that belong to no guarded layer, such as those of `modules_to_save`."""
-    guarded = {id(p) for layer in adapted_layers(model) for p in layer.parameters}
+    guarded = {id(p) for layer in adapted_layers(model) for p in layer.parameters()}
     return [name for name, p in model.named_parameters() if p.requires_grad and id(p) not in guarded]
 
 

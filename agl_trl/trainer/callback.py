@@ -59,5 +59,5 @@ class DriftCallback(TrainerCallback):
     ) -> None:
         if self.drift is None or logs is None or "loss" not in logs:
             return
-        value = self.drift([layer.factors for layer in self.layers]).mean().item()
+        value = self.drift([layer.factors() for layer in self.layers]).mean().item()
         logs["agl/relative_drift"] = state.log_history[-1]["agl/relative_drift"] = value

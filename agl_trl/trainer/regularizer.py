@@ -73,7 +73,7 @@ class Guard:
 
     def factors(self):
         """Current factors of all guarded layers."""
-        return [layer.factors for layer in self.layers]
+        return [layer.factors() for layer in self.layers]
 
     def terms(self, step: int) -> dict[str, Tensor]:
         """
@@ -104,7 +104,7 @@ class Guard:
         """After the optimizer has moved the weights: hold the budget."""
         if self.budget is not None:
             # A continued adapter can't be scaled back to where it started within its rank; the multiplier alone holds it.
-            Bs = [local(layer.parameters[1]) for layer in self.layers if layer.reference is None]
+            Bs = [local(layer.parameters()[1]) for layer in self.layers if layer.reference is None]
             self.budget.after_step(self.drift(self.factors()).mean(), Bs)
 
 

@@ -41,7 +41,7 @@ class AsftTrainer(SFTTrainer):
         return (
             loss
             + self.coef
-            * torch.stack([off_alignment(*layer.parameters, self.directions[layer.name]) for layer in layers]).sum()
+            * torch.stack([off_alignment(*layer.parameters(), self.directions[layer.name]) for layer in layers]).sum()
         )
 
 

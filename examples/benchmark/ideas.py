@@ -67,7 +67,7 @@ class ProximalTrainer(SFTTrainer):
             rate = self.coef * optimizer.param_groups[0]["lr"]
             with torch.no_grad():
                 for layer, X in zip(layers, metrics, strict=True):
-                    A, mean = layer.current.A, X.trace() / X.dim
+                    A, mean = layer.current().A, X.trace() / X.dim
                     rest = 1 / (1 + rate * X.remainder / mean)
                     inside = 1 / (1 + rate * X.eigenvalues / mean)
                     A.copy_(rest * A + ((A @ X.eigenvectors) * (inside - rest)) @ X.eigenvectors.mT)

@@ -77,7 +77,7 @@ class LoxTrainer(SFTTrainer):
         """`[sB, c U_k S_k] [A; Q_kᵀ]` on the aligned model. Embeddings, which no adapter has, stay shifted in its base."""
         whole = {}
         for layer in adapted_layers(self.model):
-            (A, B, s), (right, left) = layer.current, self.updates[f"{layer.name}.weight"]
+            (A, B, s), (right, left) = layer.current(), self.updates[f"{layer.name}.weight"]
             whole[layer.name] = torch.cat([A, right]), torch.cat([s * B, left], 1)
         clean = load_model()
         linear = {f"{name}.weight" for name in linear_layers(clean)}

@@ -45,7 +45,7 @@ def main(
         if budget is not None:
             layers = adapted_layers(model)
             for layer, A in zip(layers, strength_for(layers, statistics, budget)[1], strict=True):
-                layer.parameters[0].data.copy_(A)
+                layer.parameters()[0].data.copy_(A)
         _, run = evaluate(name, 0, model, tokenizer, prompts, test, progress=False)
         drift = DriftReport.measure(model, statistics).mean_relative_drift
         shares = (f"{value:.1%}" for value in (run.refusal_unsafe, run.refusal_unseen, run.over_refusal))

@@ -76,18 +76,18 @@ class SafeLoraTrainer(SFTTrainer):
     def project(self) -> None:
         layers = adapted_layers(self.model)
         after = [
-            C @ layer.parameters[1] for layer, C in zip(layers, alignment_matrices(layers, self.energy), strict=True)
+            C @ layer.parameters()[1] for layer, C in zip(layers, alignment_matrices(layers, self.energy), strict=True)
         ]
         each = []
         for layer, CB in zip(layers, after, strict=True):
-            A, B = layer.parameters
+            A, B = layer.parameters()
             each.append(cosine((A, CB), (A, B)))
         self.cosines = torch.stack(each)
         limit = self.threshold if self.number is None else self.cosines.sort().values[self.number - 1]
         self.projected = self.cosines <= limit
         for layer, CB, chosen in zip(layers, after, self.projected, strict=True):
             if chosen:
-                layer.parameters[1].copy_(CB)
+                layer.parameters()[1].copy_(CB)
 
 
 def safe_lora(

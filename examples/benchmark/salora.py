@@ -73,7 +73,7 @@ class SaloraTrainer(SFTTrainer):
     def prepare(self, safety: dict[str, Tensor], task: dict[str, Tensor]) -> None:
         self.start = {}
         for layer in adapted_layers(self.model):
-            (A, B), W = layer.parameters, layer.module.get_base_layer().weight
+            (A, B), W = layer.parameters(), layer.module.get_base_layer().weight
             U, S, Qt = torch.linalg.svd(W, full_matrices=False)
             r, V = len(A), task[layer.name]
             A.copy_(S[:r].sqrt()[:, None] * Qt[:r])
@@ -81,7 +81,7 @@ class SaloraTrainer(SFTTrainer):
             parametrize.register_parametrization(
                 layer.module.lora_B[layer.adapter], "weight", ProjectedOut(safety[layer.name])
             )
-            A, CB = (parameter.detach().clone() for parameter in layer.parameters)
+            A, CB = (parameter.detach().clone() for parameter in layer.parameters())
             W.sub_(CB @ A)
             self.start[layer.name] = A, CB
 
@@ -94,7 +94,7 @@ class SaloraTrainer(SFTTrainer):
     def on_aligned(self):
         updates = {}
         for layer in adapted_layers(self.model):
-            (A, CB), (A0, CB0) = layer.parameters, self.start[layer.name]
+            (A, CB), (A0, CB0) = layer.parameters(), self.start[layer.name]
             updates[layer.name] = torch.cat([A, A0]), torch.cat([CB, -CB0], 1)
         return adapted(load_model(), updates)
 

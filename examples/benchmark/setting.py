@@ -85,7 +85,7 @@ def adapted(model: PreTrainedModel, updates: dict[str, tuple[Tensor, Tensor]]) -
     (rank,) = {len(A) for A, _ in updates.values()}
     model = get_peft_model(model, LoraConfig(**LORA | dict(r=rank, lora_alpha=rank)))  # scaling 1
     for layer in adapted_layers(model):
-        for parameter, value in zip(layer.parameters, updates[layer.name], strict=True):
+        for parameter, value in zip(layer.parameters(), updates[layer.name], strict=True):
             parameter.copy_(value)
     return model.eval()
 

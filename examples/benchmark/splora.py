@@ -61,7 +61,7 @@ class SploraTrainer(SFTTrainer):
         layers, scores = adapted_layers(self.model), []
         generator = torch.Generator().manual_seed(self.args.seed)
         for layer, C in zip(layers, alignment_matrices(layers), strict=True):
-            A, B = layer.parameters
+            A, B = layer.parameters()
             if self.score == "cosine":
                 scores.append(cosine((A, C @ B), (A, B)))
             else:
@@ -70,7 +70,7 @@ class SploraTrainer(SFTTrainer):
         self.pruned = self.scores <= self.scores.sort().values[self.number - 1]
         for layer, chosen in zip(layers, self.pruned, strict=True):
             if chosen:
-                layer.parameters[1].zero_()
+                layer.parameters()[1].zero_()
 
 
 def splora(number: int = 10, score: Literal["ediem", "cosine"] = "ediem") -> Callable[[Setting], SFTTrainer]:

@@ -67,7 +67,7 @@ def test_report_orders_the_models_as_they_are(demo_folder, hostile_folder):
 def test_adapter_that_does_nothing_gives_equal_answers(demo_folder, tmp_path):
     model = PeftModel.from_pretrained(load_model(), demo_folder)
     for layer in adapted_layers(model):
-        layer.parameters[1].data.zero_()
+        layer.parameters()[1].data.zero_()
     answers = measure_behaviour(model, load_tokenizer(), heldout_prompts().select(range(12)), progress=False)
     assert all(entry["response_base"] == entry["response_tuned"] for entry in answers.answers)
     assert answers.kl_first_tokens.abs().max() == 0 and answers.hidden_drift.abs().max() == 0

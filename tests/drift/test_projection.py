@@ -39,7 +39,7 @@ def test_budget_is_kept_tightly_and_monotonically(demo_folder):
     strengths = []
     for share in (2.0, 0.5, 0.1, 0.01):
         strength, As = strength_for(layers, statistics, share * start)
-        factors = [layer.current._replace(A=A) for layer, A in zip(layers, As, strict=True)]
+        factors = [layer.current()._replace(A=A) for layer, A in zip(layers, As, strict=True)]
         drift = statistics.drift_of(layers)(factors).mean().item()
         assert drift <= share * start and (share > 1 or drift > 0.97 * share * start)
         strengths.append(strength)

@@ -101,4 +101,4 @@ def test_the_model_is_left_as_it_was(tokenizer, prompts):
     model = adapted(0.1).train()
     measure_behaviour(model, tokenizer, prompts, max_new_tokens=2, progress=False)
     assert all(module.training for module in model.modules())
-    assert all(layer.current.B.requires_grad for layer in adapted_layers(model))
+    assert all(layer.current().B.requires_grad for layer in adapted_layers(model))

@@ -31,7 +31,7 @@ def test_probes_equal_one_prompt_at_a_time(prompts):
     model = get_peft_model(load_model(), LoraConfig(r=4, target_modules="all-linear")).eval()
     torch.manual_seed(1)
     for layer in adapted_layers(model):
-        torch.nn.init.normal_(layer.parameters[1], std=0.03)
+        torch.nn.init.normal_(layer.parameters()[1], std=0.03)
     questions = [*heldout_unsafe()["prompt"][:5], *heldout_safe()["prompt"][:4]]
     unsafe = torch.tensor([True] * 5 + [False] * 4)
     refusal, compliance = opener_ids(tokenizer)
@@ -93,7 +93,7 @@ def test_overlap_of_a_layer_equals_dense(tokenizer, alignment_rows):
     report = DriftReport.measure(model, statistics)
     layer = adapted_layers(model)[3]
     metric = statistics.metric(layer.name)
-    delta = (layer.factors.scaling * layer.factors.B @ layer.factors.A).detach().double()
+    delta = (layer.factors().scaling * layer.factors().B @ layer.factors().A).detach().double()
     aligned = reference.projected(delta, metric.input, None, 0.9)
     W = layer.module.get_base_layer().weight.double()
     eta = 1 + 4 * torch.sigmoid(((W + delta).abs() / W.square().mean().sqrt() - 1) / 0.25)

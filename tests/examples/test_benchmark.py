@@ -57,7 +57,7 @@ def test_l2_is_the_plain_relative_shrinkage(tmp_path):
 
     expected = []
     for layer in adapted_layers(trainer.model):
-        A, B, s = layer.factors
+        A, B, s = layer.factors()
         expected.append((s * B @ A).detach().norm() ** 2 / base_weight(layer.module).norm() ** 2)
     assert trainer.drift_report().mean_relative_drift == pytest.approx(torch.stack(expected).mean().item(), rel=1e-3)
 

@@ -40,7 +40,7 @@ def alignment() -> dict[str, torch.Tensor]:
 def updates(trainer) -> dict[str, torch.Tensor]:
     """ΔW of every layer, dense, in float64."""
     return {
-        layer.name: (layer.current.scaling * layer.current.B.double() @ layer.current.A.double()).detach()
+        layer.name: (layer.current().scaling * layer.current().B.double() @ layer.current().A.double()).detach()
         for layer in adapted_layers(trainer.model)
     }
 
@@ -75,9 +75,9 @@ def test_safe_lora_projects_what_points_away(name, C, trained, alignment):
 def test_safe_lora_projects_the_given_number_of_layers(trained):
     trainer = trained["safe-lora"]
     copy = type(trainer)
-    kept = {layer.name: layer.parameters[1].detach().clone() for layer in adapted_layers(trained["lora"].model)}
+    kept = {layer.name: layer.parameters()[1].detach().clone() for layer in adapted_layers(trained["lora"].model)}
     for layer in adapted_layers(trainer.model):
-        layer.parameters[1].data.copy_(kept[layer.name])
+        layer.parameters()[1].data.copy_(kept[layer.name])
     trainer.number = 3
     copy.project(trainer)
     assert trainer.projected.sum() == 3
@@ -139,9 +139,9 @@ def test_lox_trains_on_the_extrapolated_model(trained, alignment, tmp_path):
     expected = embed.detach() + 1.25 * (U[:, :6] * S[:6]) @ Vh[:6]
     torch.testing.assert_close(start.model.get_input_embeddings().weight.double(), expected, atol=1e-5, rtol=1e-5)
     for layer in adapted_layers(start.model):
-        torch.nn.init.normal_(layer.parameters[1], std=0.02)
+        torch.nn.init.normal_(layer.parameters()[1], std=0.02)
     same_function(start.model, start.on_aligned())
-    assert all(layer.current.A.shape[0] == 14 for layer in adapted_layers(trained["lox"].model))
+    assert all(layer.current().A.shape[0] == 14 for layer in adapted_layers(trained["lox"].model))
 
 
 @torch.no_grad()
@@ -161,7 +161,7 @@ def test_salora_starts_as_the_aligned_model_and_stays_out_of_the_safety_subspace
     after.train()
     weights, ours = linear_layers(aligned), updates(after)
     for layer in adapted_layers(start.model):
-        A, CB, s = layer.current
+        A, CB, s = layer.current()
         V = layer.module.lora_B["default"].parametrizations.weight[0].V.double()
         C = torch.eye(len(V), dtype=torch.float64) - V @ V.mT
         residual = base_weight(weights[layer.name]).double() - s * CB.double() @ A.double()

@@ -37,7 +37,7 @@ def test_asft_takes_the_direction_from_base_to_aligned(tmp_path):
     plain = trainer("lora", tmp_path / "plain")
 
     def penalty(model) -> torch.Tensor:
-        return sum(off_alignment(*layer.parameters, made.directions[layer.name]) for layer in adapted_layers(model))
+        return sum(off_alignment(*layer.parameters(), made.directions[layer.name]) for layer in adapted_layers(model))
 
     assert penalty(made.model) < penalty(plain.model)
 

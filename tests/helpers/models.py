@@ -87,5 +87,5 @@ def adapted(scale: float) -> PeftModel:
     model = get_peft_model(tiny_model(), LoraConfig(r=4, target_modules="all-linear"))
     torch.manual_seed(1)
     for layer in adapted_layers(model):
-        torch.nn.init.normal_(layer.parameters[1], std=scale)
+        torch.nn.init.normal_(layer.parameters()[1], std=scale)
     return model.eval()

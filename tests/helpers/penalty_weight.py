@@ -67,7 +67,7 @@ def trainer_of(kind: str, folder: Path, tokenizer: PreTrainedTokenizerFast, worl
     )
     torch.manual_seed(1)
     for layer in adapted_layers(trainer.model):
-        torch.nn.init.normal_(layer.parameters[1], std=0.1)
+        torch.nn.init.normal_(layer.parameters()[1], std=0.1)
     return trainer, recorder
 
 
@@ -86,8 +86,8 @@ def measured_weights(kind: str, folder: Path, tokenizer: PreTrainedTokenizerFast
         runs.append(recorder.gradients)
     layers = adapted_layers(trainer.model)
     factors = [
-        layer.current._replace(
-            A=layer.current.A.detach().requires_grad_(), B=layer.current.B.detach().requires_grad_()
+        layer.current()._replace(
+            A=layer.current().A.detach().requires_grad_(), B=layer.current().B.detach().requires_grad_()
         )
         for layer in layers
     ]

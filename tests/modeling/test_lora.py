@@ -25,7 +25,7 @@ def with_delta(**config):
     )
     generator = torch.Generator().manual_seed(0)
     for layer in adapted_layers(model):
-        A, B, scaling = layer.factors
+        A, B, scaling = layer.factors()
         left = torch.randn(B.shape[0], RANK, generator=generator)
         right = torch.randn(RANK, A.shape[1], generator=generator)
         with torch.no_grad():
@@ -57,7 +57,7 @@ def test_drift_does_not_depend_on_a_rotation_between_the_factors(statistics):
     turn = torch.linalg.qr(torch.randn(RANK, RANK, generator=torch.Generator().manual_seed(2))).Q
     with torch.no_grad():
         for layer in adapted_layers(model):
-            A, B, _ = layer.factors
+            A, B, _ = layer.factors()
             A.copy_(turn.T @ A), B.copy_(B @ turn)
     assert list(statistics.relative_drift(model).values()) == pytest.approx(list(before.values()), rel=1e-4)
 
@@ -68,8 +68,8 @@ def test_factors_are_pefts_delta_weight():
             tiny_model(architecture), LoraConfig(**{"r": 3, "target_modules": "all-linear"} | config)
         )
         for layer in adapted_layers(model):
-            torch.nn.init.normal_(layer.current.B)
-            A, B, scaling = layer.factors
+            torch.nn.init.normal_(layer.current().B)
+            A, B, scaling = layer.factors()
             delta = layer.module.get_delta_weight("default")
             expected = delta.T if isinstance(layer.module.get_base_layer(), Conv1D) else delta
             torch.testing.assert_close(scaling * B @ A, expected, rtol=1e-5, atol=1e-6)

@@ -52,7 +52,7 @@ def test_quantised_base_trains_under_budget(quantisation, folder, tmp_path, trai
         collision_rows=8,
     )
     assert all(type(layer.module).__name__ in ("Linear4bit", "Linear8bitLt") for layer in trainer._guarded)
-    assert {layer.parameters[0].dtype for layer in trainer._guarded} == {torch.bfloat16}, "TRL's cast"
+    assert {layer.parameters()[0].dtype for layer in trainer._guarded} == {torch.bfloat16}, "TRL's cast"
     trainer.train()
     trainer.save_model()
     report = DriftReport.from_pretrained(tmp_path)

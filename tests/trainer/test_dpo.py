@@ -30,7 +30,7 @@ def moved_model(std=0.1):
     model = get_peft_model(tiny_model(), lora(lora_dropout=0.0))
     torch.manual_seed(3)
     for layer in adapted_layers(model):
-        torch.nn.init.normal_(layer.parameters[1], std=std)
+        torch.nn.init.normal_(layer.parameters()[1], std=std)
     return model
 
 

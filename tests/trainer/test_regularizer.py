@@ -146,7 +146,7 @@ def test_continued_adapter_is_measured_from_where_it_started(tmp_path, tokenizer
         model = get_peft_model(tiny_model(), lora())
         torch.manual_seed(3)
         for layer in adapted_layers(model):
-            torch.nn.init.normal_(layer.current.B, std=0.1)
+            torch.nn.init.normal_(layer.current().B, std=0.1)
         return model
 
     def trainer(folder):
@@ -177,7 +177,7 @@ def test_continued_adapter_is_measured_from_where_it_started(tmp_path, tokenizer
     )
     report = whole.drift_report()
     layer = whole._guarded[5]
-    A, B, scaling = layer.current
+    A, B, scaling = layer.current()
     name = f"base_model.model.{layer.name}.lora_{{}}.default.weight"
     delta = scaling * (B @ A - start[name.format("B")] @ start[name.format("A")]).detach().double()
     from tests.helpers.reference import dense, quadratic_form

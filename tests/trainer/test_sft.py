@@ -120,13 +120,13 @@ def test_weight_of_the_penalty_is_exact_under_accumulation(
         )
         torch.manual_seed(1)
         for layer in adapted_layers(trainer.model):
-            torch.nn.init.normal_(layer.factors.B, std=0.1)
+            torch.nn.init.normal_(layer.factors().B, std=0.1)
         trainer.train()
         gradients.append(recorder.gradients)
         assert len(recorder.gradients) == -(-rows // 4 // accumulation)
     layers = adapted_layers(trainer.model)
     trainer.model.zero_grad()
-    (7.0 * trainer.statistics.drift_of(layers)([layer.factors for layer in layers]).mean()).backward()
+    (7.0 * trainer.statistics.drift_of(layers)([layer.factors() for layer in layers]).mean()).backward()
     expected = {n: p.grad for n, p in trainer.model.named_parameters() if p.grad is not None}
     for without, with_penalty in zip(*gradients, strict=True):
         for name, gradient in expected.items():

@@ -31,7 +31,7 @@ def guard_of(rank: int, layers: int, width: int, rows: int = 8, **options: Any) 
     guarded = adapted_layers(model)
     with torch.no_grad():
         for layer in guarded:
-            layer.parameters[1].normal_(std=0.01)
+            layer.parameters()[1].normal_(std=0.01)
     with tempfile.TemporaryDirectory() as folder:
         args = AGLSFTConfig(folder, use_cpu=True, bf16=False, **(options or dict(alignment_coef=3.0)))
     return Guard(args, guarded, statistics), statistics
@@ -44,7 +44,7 @@ def growth(repeats: int, sweeps: dict[str, tuple[int, ...]] = SWEEPS) -> list[di
         found: dict[str, list[float]] = {"penalty, seconds": [], "statistics, bytes": [], "adapter, bytes": []}
         for value in values:
             guard, statistics = guard_of(**BASE | {axis: value})
-            parameters = [parameter for layer in guard.layers for parameter in layer.parameters]
+            parameters = [parameter for layer in guard.layers for parameter in layer.parameters()]
             found["penalty, seconds"].append(work_seconds(guard, repeats))
             found["statistics, bytes"].append(saved_bytes(statistics))
             found["adapter, bytes"].append(sum(p.numel() * p.element_size() for p in parameters))

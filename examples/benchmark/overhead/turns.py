@@ -104,7 +104,7 @@ def keep_memory() -> None:
 
 def work_seconds(guard: Guard, repeats: int) -> float:
     """Median seconds of what AGL does at a step beside the model: the terms, their gradient, and holding the budget."""
-    parameters = [parameter for layer in guard.layers for parameter in layer.parameters]
+    parameters = [parameter for layer in guard.layers for parameter in layer.parameters()]
     seconds = []
     for step in range(repeats + 1):
         start = time.perf_counter()
