@@ -8,32 +8,52 @@ __version__ = "0.1.0"
 
 if TYPE_CHECKING:
     from .drift.report import DriftReport
+    from .driftcaps import load_driftcaps
     from .fisher.estimate import estimate_fisher
     from .fisher.statistics import FisherStatistics
-    from .trainer.base import AGLDPOTrainer, AGLSFTTrainer
-    from .trainer.callback import DriftCallback
-    from .trainer.config import AGLDPOConfig, AGLSFTConfig
+    from .trainer.callback import AlignGuardCallback
+    from .trainer.config import AlignGuardConfig
+    from .trainer.dpo import AGLDPOTrainer
+    from .trainer.drift_callback import DriftCallback
+    from .trainer.grpo import AGLGRPOTrainer
+    from .trainer.kto import AGLKTOTrainer
+    from .trainer.sft import AGLSFTTrainer
+    from .trainer.trl_config import AGLDPOConfig, AGLGRPOConfig, AGLKTOConfig, AGLSFTConfig
 
 _MODULES = {
-    "AGLDPOConfig": ".trainer.config",
-    "AGLDPOTrainer": ".trainer.base",
-    "AGLSFTConfig": ".trainer.config",
-    "AGLSFTTrainer": ".trainer.base",
-    "DriftCallback": ".trainer.callback",
+    "AGLDPOConfig": ".trainer.trl_config",
+    "AGLDPOTrainer": ".trainer.dpo",
+    "AGLGRPOConfig": ".trainer.trl_config",
+    "AGLGRPOTrainer": ".trainer.grpo",
+    "AGLKTOConfig": ".trainer.trl_config",
+    "AGLKTOTrainer": ".trainer.kto",
+    "AGLSFTConfig": ".trainer.trl_config",
+    "AGLSFTTrainer": ".trainer.sft",
+    "AlignGuardCallback": ".trainer.callback",
+    "AlignGuardConfig": ".trainer.config",
+    "DriftCallback": ".trainer.drift_callback",
     "DriftReport": ".drift.report",
     "FisherStatistics": ".fisher.statistics",
     "estimate_fisher": ".fisher.estimate",
+    "load_driftcaps": ".driftcaps",
 }
 
 __all__ = [
     "AGLDPOConfig",
     "AGLDPOTrainer",
+    "AGLGRPOConfig",
+    "AGLGRPOTrainer",
+    "AGLKTOConfig",
+    "AGLKTOTrainer",
     "AGLSFTConfig",
     "AGLSFTTrainer",
+    "AlignGuardCallback",
+    "AlignGuardConfig",
     "DriftCallback",
     "DriftReport",
     "FisherStatistics",
     "estimate_fisher",
+    "load_driftcaps",
 ]
 
 

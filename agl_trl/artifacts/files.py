@@ -34,6 +34,7 @@ FOLDER = "agl"  # next to it
 FISHER_FILE = "fisher.safetensors"
 DRIFT_FILE = "drift.safetensors"
 PICTURE_FILE = "drift.png"
+TAG = "alignguard-lora"  # of models and cards on the Hub
 REPO_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 
 

@@ -34,8 +34,9 @@ from ..miniworld import (
 )
 from ..modeling.base_and_tuned import BaseAndTuned
 from ..modeling.generation import answer_nll, generate_answers
-from ..trainer.base import AGLSFTTrainer
-from ..trainer.config import AGLSFTConfig
+from ..trainer.evidence import save_evidence
+from ..trainer.sft import AGLSFTTrainer
+from ..trainer.trl_config import AGLSFTConfig
 
 
 MAX_NEW_TOKENS = 48
@@ -222,7 +223,8 @@ def _save(
     assert plain_report.behaviour is not None
     plot_drift(plain_report, folder / "lora" / FOLDER / PICTURE_FILE, name="plain LoRA")
     ours.save_model()
-    ours.save_evidence(folder, report)
+    assert ours.align_guard is not None and ours.statistics is not None
+    save_evidence(folder, ours.statistics, report, ours.align_guard.layers)
     plot_drift(report, folder / FOLDER / PICTURE_FILE, name="AGL", others={"plain LoRA": plain_report.behaviour})
     ours.create_model_card(model_name="miniworld-agl")
     write_card(folder / "README.md", "miniworld-agl", report)

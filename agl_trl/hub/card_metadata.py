@@ -13,14 +13,13 @@ from huggingface_hub.repocard import REGEX_YAML_BLOCK
 from huggingface_hub.repocard_data import eval_results_to_model_index
 from huggingface_hub.utils import validate_repo_id, yaml_dump
 
-from ..artifacts.files import write_atomically
+from ..artifacts.files import TAG, write_atomically
 from ..data.prompts import SETS
 from ..drift.report import DriftReport
 from ..evaluation.behaviour import Behaviour
 from ..fisher.statistics import FisherStatistics
 
 
-TAG = "alignguard-lora"
 RELATION = "base_model:adapter:"
 PACKAGED = ("driftcaps", "miniworld")
 # Tells our results in a model index from those of others.

@@ -39,6 +39,10 @@ class DriftBudget:
             device
         )
 
+    def weight(self) -> Tensor:
+        """`ν/b`, what D is weighed with, a float32 scalar."""
+        return (self.multiplier / self.budget).float()
+
     def penalty(self, drift: Tensor) -> Tensor:
         """`ν D/b`, a scalar; ν itself receives no gradient."""
         return (self.multiplier * drift / self.budget).to(drift.dtype)

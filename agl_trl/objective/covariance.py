@@ -53,6 +53,11 @@ class LowRankCovariance(NamedTuple):
         isotropic = self.remainder[..., None, None] * (rows @ others.mT)
         return isotropic + (projected * self.excess.unsqueeze(-2)) @ others_projected.mT
 
+    def apply(self, rows: Tensor) -> Tensor:
+        """`Z C`, of shape `(..., n, d)`, for rows `Z` of shape `(..., n, d)`."""
+        projected = (rows @ self.eigenvectors) * self.excess.unsqueeze(-2)  # (..., n, k)
+        return self.remainder[..., None, None] * rows + projected @ self.eigenvectors.mT
+
     def row_forms(self, rows: Tensor) -> Tensor:
         """Diagonal of `Z C Zᵀ`, of shape `(..., n)`: the quadratic form of every row of `Z`, of shape `(..., n, d)`."""
         projected = rows @ self.eigenvectors  # (..., n, k)

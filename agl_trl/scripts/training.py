@@ -18,7 +18,7 @@ from trl import (
 )
 
 from ..data.alignment import READERS, load_rows
-from ..trainer.config import AGLConfigMixin
+from ..trainer.config import AlignGuardConfig
 
 
 MINIWORLD = "miniworld"
@@ -52,10 +52,10 @@ class AGLScriptArguments(ScriptArguments):
     alignment_dataset_split: str = field(default="train", metadata={"help": "Split of the alignment dataset."})
 
 
-Arguments = tuple[AGLScriptArguments, AGLConfigMixin, ModelConfig, DatasetMixtureConfig]
+Arguments = tuple[AGLScriptArguments, AlignGuardConfig, ModelConfig, DatasetMixtureConfig]
 
 
-def make_parser(config_class: type[AGLConfigMixin], prog: str | None = None) -> TrlParser:
+def make_parser(config_class: type[AlignGuardConfig], prog: str | None = None) -> TrlParser:
     """Parser of flags and of a YAML file given by `--config`; flags win."""
     return TrlParser((AGLScriptArguments, config_class, ModelConfig, DatasetMixtureConfig), prog=prog)
 
@@ -138,7 +138,7 @@ def load_training_rows(
     return load_dataset(name, name=script_args.dataset_config, streaming=script_args.dataset_streaming)
 
 
-def model_arguments(training_args: AGLConfigMixin, model_args: ModelConfig) -> dict[str, Any]:
+def model_arguments(training_args: Any, model_args: ModelConfig) -> dict[str, Any]:
     """Model, adapter and quantisation as the trainers take them."""
     if not model_args.model_name_or_path:
         raise ValueError("No model: set `model_name_or_path`.")

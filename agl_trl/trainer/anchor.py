@@ -8,7 +8,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from ..data.alignment import AlignmentRow, batches
-from ..modeling.generation import answer_logits, evaluating
+from ..modeling.generation import answer_logits, evaluating, input_device
 
 
 TOP_K = 32
@@ -61,7 +61,7 @@ class Anchor:
         self.order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(seed)).tolist()
         self.references: dict[int, _Reference] = {}
         with evaluating(model), torch.no_grad():
-            for batch in batches(rows, 8, pad_token_id, next(model.parameters()).device):
+            for batch in batches(rows, 8, pad_token_id, input_device(model)):
                 logits, mask = answer_logits(model, batch)
                 for line, index in enumerate(batch.indices):
                     log_probs = logits[line, mask[line]].float().log_softmax(-1)
@@ -80,7 +80,7 @@ class Anchor:
         start = step // self.every * self.batch_size
         indices = [self.order[(start + i) % len(self.order)] for i in range(self.batch_size)]
         chosen = [self.rows[i] for i in indices]
-        (batch,) = batches(chosen, len(chosen), self.pad_token_id, next(model.parameters()).device)
+        (batch,) = batches(chosen, len(chosen), self.pad_token_id, input_device(model))
         logits, mask = answer_logits(model, batch)
         total, count = torch.zeros((), device=logits.device), 0
         for line, position in enumerate(batch.indices):

@@ -1,93 +1,151 @@
-"""What can be told before a model is loaded and a dataset prepared."""
+"""What can be told before a run begins: about arguments, the model, and how the run is distributed."""
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
-from accelerate import Accelerator
+from accelerate.state import AcceleratorState
+from accelerate.utils import DistributedType
 from datasets import Dataset, IterableDataset
-from peft import PeftConfig, PeftModel
-from transformers import PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixin
+from peft import PeftModel
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixin, TrainingArguments
 
 from ..artifacts.files import FOLDER, write_atomically
-from .config import AGLConfigMixin
+from ..data.alignment import is_prompt_only, select_rows, tokenize_row
+from .config import AlignGuardConfig
 
 
-def check_arguments(
-    model: str | PreTrainedModel | PeftModel,
-    args: AGLConfigMixin,
-    peft_config: PeftConfig | None,
-    alignment_dataset: Dataset | IterableDataset | Sequence[dict[str, Any]] | None,
-) -> None:
+Rows: TypeAlias = Dataset | IterableDataset | Sequence[dict[str, Any]]
+OFF = "or set `alignment_coef=0` to train without AGL"
+
+
+def check_writable(args: TrainingArguments) -> None:
     """
-    Check the arguments of a trainer: above all, whether its results can be kept.
+    Check that results can be kept.
 
     Raises:
-        `ValueError`: Without an adapter, with an anchor and no rows to anchor on.
         `OSError`: If the output folder can't be written.
     """
     if args.should_save:
         probe = Path(args.output_dir) / FOLDER / "writable"
         write_atomically(probe, b"")
         probe.unlink()
-    if peft_config is None and not isinstance(model, PeftModel):
-        raise ValueError(
-            "AGL guards a LoRA adapter, but there is none: pass `peft_config=LoraConfig(...)`, or set `alignment_coef=0` (and no "
-            "budget, anchor or other coefficient)."
-        )
-    if alignment_dataset is None and args.anchor_coef > 0:
-        raise ValueError(
-            "`anchor_coef` needs rows to anchor on: pass `alignment_dataset=`; saved statistics hold none."
+
+
+def check_adapter(model: Any) -> None:
+    """
+    Check that a model carries an adapter.
+
+    Raises:
+        `ValueError`: If it does not.
+    """
+    if not isinstance(model, PeftModel):
+        raise ValueError(  # noqa: TRY004 (an option that is missing)
+            "AGL guards a LoRA adapter, but there is none: pass `peft_config=LoraConfig(...)` to the trainer (or a model from "
+            "`get_peft_model`), or set `alignment_coef=0` (and no budget, anchor or other coefficient)."
         )
 
 
-def check_run(
-    args: AGLConfigMixin,
-    processing_class: PreTrainedTokenizerBase | ProcessorMixin,
-    accelerator: Accelerator,
-    fsdp: bool,
+def check_rows(
+    config: AlignGuardConfig,
+    model: PreTrainedModel | PeftModel,
+    tokenizer: PreTrainedTokenizerBase | None,
+    rows: Rows | None,
+    args: TrainingArguments,
 ) -> None:
     """
-    Check what only a built trainer tells: the kind of model, and how the run is distributed (whether every process can see
-    the adapter, and the penalty keeps its weight).
+    Check that the first alignment row can be read, and answered where it has no answer.
+
+    Raises:
+        `ValueError`: With the reason.
+    """
+    if config.anchor_coef > 0:
+        if rows is None:
+            raise ValueError(
+                "`anchor_coef` needs rows to anchor on: pass `alignment_dataset=`; saved statistics hold none."
+            )
+        if model.get_output_embeddings() is None:
+            raise ValueError("`anchor_coef` compares next tokens, but this model predicts none: set `anchor_coef=0`.")
+    if rows is None or (config.fisher_path is not None and config.anchor_coef == 0):
+        return
+    if tokenizer is None:
+        raise ValueError("Alignment rows need a tokenizer: pass `processing_class=`, or set `fisher_path`.")
+    (row,) = select_rows(rows, 1, args.seed)
+    if not is_prompt_only(row):
+        tokenize_row(row, tokenizer, config.fisher_max_length)
+        return
+    reason = None
+    if model.get_output_embeddings() is None:
+        reason = "this one predicts no tokens"
+    elif AcceleratorState().distributed_type == DistributedType.FSDP:
+        reason = "it can't generate under FSDP"
+    if reason is not None:
+        raise ValueError(
+            f"Rows without answers are answered by the model, but {reason}: pass `alignment_dataset=` with answers, or set "
+            "`fisher_path`."
+        )
+
+
+def check_processor(processing_class: Any) -> None:
+    """
+    Check that a model is trained on text.
 
     Raises:
         `TypeError`: With a vision-language model.
-        `ValueError`: Under an engine that AGL does not run on, with the reason.
     """
     if isinstance(processing_class, ProcessorMixin):
         raise TypeError(
             "AGL takes its statistics from text alone and does not guard vision-language models yet: pass the tokenizer to train "
             "the language model on text, or set `alignment_coef=0`."
         )
-    off = "or set `alignment_coef=0` to train without AGL"
-    deepspeed = accelerator.state.deepspeed_plugin
+
+
+def check_engine(args: TrainingArguments, config: AlignGuardConfig, state: AcceleratorState) -> None:
+    """
+    Check how a run is distributed: whether every process can see the adapter, and the penalty keeps its weight.
+
+    Args:
+        args (`TrainingArguments`):
+            Training arguments.
+        config ([`AlignGuardConfig`]):
+            What is switched on.
+        state (`AcceleratorState`):
+            Accelerate's state; its plugins say which engine runs.
+
+    Raises:
+        `ValueError`: Under an engine that AGL does not run on, with the reason.
+    """
+    deepspeed, parallel = state.deepspeed_plugin, state.parallelism_config
+    fsdp = state.fsdp_plugin if state.distributed_type == DistributedType.FSDP else None
     if deepspeed is not None and deepspeed.zero_stage == 3:
-        raise ValueError(f"Under DeepSpeed ZeRO-3 no process holds the adapter: use ZeRO-2, DDP or FSDP2, {off}.")
-    if deepspeed is not None and args.drift_budget is not None:
+        raise ValueError(f"Under DeepSpeed ZeRO-3 no process holds the adapter: use ZeRO-2, DDP or FSDP2, {OFF}.")
+    if deepspeed is not None and config.drift_budget is not None:
         raise ValueError(
             "DeepSpeed keeps its own copy of the weights, which `drift_budget` can't scale back: use DDP or FSDP2, or "
             "`alignment_coef` in its place."
         )
-    if fsdp:
-        plugin = accelerator.state.fsdp_plugin
-        if plugin.fsdp_version == 1:
+    if fsdp is not None:
+        if fsdp.fsdp_version == 1:
             raise ValueError(
-                f"FSDP1 flattens the adapter into buffers that AGL can't read: set `fsdp_version: 2`, {off}."
+                f"FSDP1 flattens the adapter into buffers that AGL can't read: set `fsdp_version: 2`, {OFF}."
             )
-        if "FULL_STATE_DICT" not in str(plugin.state_dict_type):
+        if "FULL_STATE_DICT" not in str(fsdp.state_dict_type):
             raise ValueError(
                 "Sharded checkpoints hold no adapter file that the drift report could describe: set `fsdp_state_dict_type: "
-                f"FULL_STATE_DICT`, {off}."
+                f"FULL_STATE_DICT`, {OFF}."
             )
-    parallel = accelerator.parallelism_config
     if parallel is not None and max(parallel.tp_size, parallel.cp_size, parallel.sp_size) > 1:
         raise ValueError(
-            f"AGL runs on data parallelism alone: leave tensor, context and sequence parallelism out, {off}."
+            f"AGL runs on data parallelism alone: leave tensor, context and sequence parallelism out, {OFF}."
         )
     checkpointing = args.gradient_checkpointing and (args.gradient_checkpointing_kwargs or {}).get("use_reentrant")
-    if checkpointing and accelerator.num_processes > 1 and not fsdp:
+    if checkpointing and config.anchor_coef > 0 and fsdp is None:
         raise ValueError(
-            "Reentrant gradient checkpointing marks the adapter ready before the penalty has used it, which DDP refuses: leave "
-            "`use_reentrant` out of `gradient_checkpointing_kwargs`."
+            "Reentrant gradient checkpointing gives no gradient to the anchor's own backward pass: leave `use_reentrant` out of "
+            "`gradient_checkpointing_kwargs`, or set `anchor_coef=0`."
         )
+
+
+def tokenizer_of(processing_class: Any) -> PreTrainedTokenizerBase | None:
+    """The tokenizer of a trainer; of a processor, its own."""
+    return processing_class.tokenizer if isinstance(processing_class, ProcessorMixin) else processing_class

@@ -1,9 +1,8 @@
-"""Training arguments of the AGL trainers: TRL's, and those of AlignGuard-LoRA."""
+"""What of AlignGuard-LoRA is switched on: for the callback by itself, and part of the arguments of every AGL trainer."""
 
+import warnings
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Literal, get_args
-
-from trl import DPOConfig, SFTConfig
+from typing import Literal, get_args
 
 from ..fisher.estimate import FisherType
 from ..objective.alignguard import TaskMetric, TaskSubspace
@@ -14,17 +13,12 @@ DEFAULT_DRIFT_BUDGET = (
     3e-3  # the best of examples/benchmark on three tasks: refusals kept at the least cost to the task
 )
 
-if TYPE_CHECKING:  # for the type checker the mixin extends the config it is mixed into
-    from trl import SFTConfig as _Parent
-else:
-    _Parent = object
-
 
 @dataclass
-class AGLConfigMixin(_Parent):
+class AlignGuardConfig:
     """
-    Arguments that the AGL trainers add to those of the TRL trainer. Symbols are those of AlignGuard-LoRA
-    (https://huggingface.co/papers/2508.02079).
+    Configuration of [`AlignGuardCallback`], and what the AGL trainers add to the arguments of TRL's. Symbols are those of
+    AlignGuard-LoRA (https://huggingface.co/papers/2508.02079).
 
     Parameters:
         alignment_coef (`float`, *optional*):
@@ -84,6 +78,19 @@ class AGLConfigMixin(_Parent):
             Number of alignment rows the statistics are taken over; `None` takes all.
         fisher_batch_size (`int`, *optional*, defaults to `8`):
             Rows per forward pass of the statistics.
+        fisher_max_length (`int`, *optional*, defaults to `1024`):
+            Longer alignment rows lose their end.
+        fisher_damping (`float`, *optional*):
+            Former name of `fisher_shrinkage`; still read.
+
+    Example:
+
+    ```python
+    from agl_trl import AlignGuardCallback, AlignGuardConfig
+
+    config = AlignGuardConfig(drift_budget=1e-3, anchor_coef=0.3)
+    trainer = Trainer(..., callbacks=[AlignGuardCallback(config, alignment_dataset=rows, processing_class=tokenizer)])
+    ```
     """
 
     alignment_coef: float | None = field(
@@ -190,9 +197,19 @@ class AGLConfigMixin(_Parent):
         default=8,
         metadata={"help": "Rows per forward pass of the statistics."},
     )
+    fisher_max_length: int | None = field(
+        default=1024,
+        metadata={"help": "Longer alignment rows lose their end."},
+    )
+    fisher_damping: float | None = field(
+        default=None,
+        metadata={"help": "Former name of `fisher_shrinkage`; still read."},
+    )
 
     def __post_init__(self):
-        super().__post_init__()
+        if self.fisher_damping is not None:
+            warnings.warn("`fisher_damping` is called `fisher_shrinkage` now.", FutureWarning, stacklevel=3)
+            self.fisher_shrinkage, self.fisher_damping = self.fisher_damping, None
         if self.alignment_coef is None:
             self.alignment_coef = 0.0
             if self.drift_budget is None and self.variant != "paper":
@@ -208,6 +225,7 @@ class AGLConfigMixin(_Parent):
             "fisher_rank",
             "fisher_batch_size",
             "fisher_num_samples",
+            "fisher_max_length",
             "collision_rows",
             "anchor_every",
             "anchor_batch_size",
@@ -234,20 +252,6 @@ class AGLConfigMixin(_Parent):
 
     @property
     def agl_enabled(self) -> bool:
-        """Whether anything of AGL is on; if not, the trainer is its TRL parent."""
+        """Whether anything of AGL is on; if not, an AGL trainer is its TRL parent."""
         coefficients = (self.alignment_coef or 0, self.task_coef or 0, self.collision_coef, self.anchor_coef)
         return any(c > 0 for c in coefficients) or self.drift_budget is not None or self.variant == "paper"
-
-
-@dataclass
-class AGLSFTConfig(AGLConfigMixin, SFTConfig):
-    """
-    Training arguments of the [`AGLSFTTrainer`]: those of [`~trl.SFTConfig`] and those of [`AGLConfigMixin`].
-    """
-
-
-@dataclass
-class AGLDPOConfig(AGLConfigMixin, DPOConfig):
-    """
-    Training arguments of the [`AGLDPOTrainer`]: those of [`~trl.DPOConfig`] and those of [`AGLConfigMixin`].
-    """

@@ -1,36 +1,31 @@
-"""The guard of one training run: which layers, which objective, budget and anchor; what a trainer calls at every step."""
+"""What is added to the gradients of one training run, and what holds its drift: the objective, the budget and the anchor."""
 
-from collections.abc import Sequence
 from dataclasses import asdict
 from typing import Any
 
 import torch
-from datasets import Dataset, IterableDataset
-from peft import PeftModel
 from torch import Tensor
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from torch.distributed.tensor import DTensor
 
-from ..data.alignment import is_prompt_only, pad_token_id, select_rows, tokenize_row
 from ..fisher.statistics import FisherStatistics
-from ..modeling.generation import answered_by
 from ..modeling.lora import AdaptedLayer, frozen_weights, local
 from ..objective.alignguard import AlignGuardObjective, Coefficients
 from ..objective.budget import DriftBudget
 from ..objective.paper import PaperObjective
-from ..objective.quadratic_form import RelativeDrift
+from ..objective.quadratic_form import InputSide, LoraFactors, RelativeDrift
 from .anchor import Anchor
-from .config import AGLConfigMixin
+from .config import AlignGuardConfig
 
 
-class Guard:
+class Regularizer:
     """
-    Everything that is computed at a training step.
+    Everything that is computed at a training step. Built when training begins, once the parameters are those that train.
 
     Args:
-        args ([`AGLConfigMixin`]):
-            Training arguments.
+        config ([`AlignGuardConfig`]):
+            What is switched on.
         layers (`list[AdaptedLayer]`):
-            Guarded layers.
+            Layers whose movement counts.
         statistics ([`FisherStatistics`]):
             Statistics of the alignment rows.
         task_statistics ([`FisherStatistics`], *optional*):
@@ -39,115 +34,150 @@ class Guard:
             Anchor, where there is one.
         multiplier (`float`, *optional*, defaults to `0.0`):
             Initial multiplier of the budget, to continue a run.
+        seed (`int`, *optional*, defaults to `0`):
+            Seed of the rows sampled for the Riemannian overlap.
     """
 
     def __init__(
         self,
-        args: AGLConfigMixin,
+        config: AlignGuardConfig,
         layers: list[AdaptedLayer],
         statistics: FisherStatistics,
         task_statistics: FisherStatistics | None = None,
         anchor: Anchor | None = None,
         multiplier: float = 0.0,
+        seed: int = 0,
     ):
-        self.layers, self.anchor, self.anchor_coef = layers, anchor, args.anchor_coef
+        self.config, self.layers, self.anchor = config, layers, anchor
+        self.parameters = [parameter for layer in layers for parameter in layer.parameters()]
+        # In-place updates reach these: gathered parts and movements from a reference must be made anew at every step.
+        moving = any(layer.reference is not None for layer in layers)
+        gathered = any(isinstance(parameter, DTensor) for parameter in self.parameters)
+        self._factors = None if moving or gathered else [layer.factors() for layer in layers]
         factors = self.factors()
-        self.objective: AlignGuardObjective | PaperObjective
-        if args.variant == "paper":
+        metrics = [statistics.kept_metric(layer.name) for layer in layers]
+        coefficients = coefficients_of(config)
+        # The complete form is the relative drift itself, whose gradient has a closed form.
+        self.objective: AlignGuardObjective | PaperObjective | None = None
+        if config.variant == "paper":
             self.objective = PaperObjective([statistics.outputs[layer.name] for layer in layers], factors)
-            self.drift = statistics.drift_of(layers)
-        else:
-            coefficients = coefficients_of(args)
+        elif not coefficients.complete:
             self.objective = AlignGuardObjective(
                 coefficients,
-                [statistics.kept_metric(layer.name) for layer in layers],
+                metrics,
                 factors,
                 None if task_statistics is None else [task_statistics.kept_metric(layer.name) for layer in layers],
                 frozen_weights(layers) if coefficients.needs_weights else None,
-                seed=args.seed,
+                seed=seed,
             )
-            self.drift = RelativeDrift([stack.group for stack in self.objective.stacks])
+        self.drift: RelativeDrift = statistics.drift_of(layers)
+        self.alignment = torch.tensor(coefficients.alignment, device=factors[0].A.device)  # λ_A, for the complete form
+        self._inputs: tuple[int, list[InputSide]] | None = None  # of the current A, and its version
         self.budget: DriftBudget | None = None
-        if args.drift_budget is not None:
-            self.budget = DriftBudget(args.drift_budget, factors[0].A.device, multiplier)
+        if config.drift_budget is not None:
+            self.budget = DriftBudget(config.drift_budget, factors[0].A.device, multiplier)
 
-    def factors(self):
-        """Current factors of all guarded layers."""
-        return [layer.factors() for layer in self.layers]
+    def factors(self) -> list[LoraFactors]:
+        """Current factors of all layers; under FSDP2 gathered from all processes, which all must ask."""
+        return [layer.factors() for layer in self.layers] if self._factors is None else self._factors
 
     def terms(self, step: int) -> dict[str, Tensor]:
         """
-        Terms at the current weights, scalars; `penalty` is what is added to the loss.
+        Terms at the current weights, scalars with a graph; `penalty` is what weighs on the weights.
 
         Args:
             step (`int`):
                 Number of the optimizer step, counted from 0.
         """
         factors = self.factors()
-        terms = self.objective(factors, step)
+        terms = {} if self.objective is None else self.objective(factors, step)
         if "relative_drift" not in terms:
-            with torch.no_grad():
-                terms["relative_drift"] = self.drift(factors).mean()
+            terms["relative_drift"] = self.drift(factors).mean()
+        if self.objective is None:
+            terms["penalty"] = self.alignment * terms["relative_drift"]
         if self.budget is not None:
             terms["penalty"] = terms["penalty"] + self.budget.penalty(terms["relative_drift"])
             terms["budget_multiplier"] = self.budget.multiplier.clone()
         return terms
 
-    def anchor_kl(self, model: PreTrainedModel | PeftModel, step: int) -> Tensor | None:
-        """KL on this step's anchored rows, of which `anchor_coef` times is added to the loss; `None` where the step has none."""
-        if self.anchor is None or not self.anchor.due(step):
-            return None
-        return self.anchor.loss(model, step)
+    def gradients(self, step: int) -> tuple[dict[str, Tensor], tuple[Tensor, ...]]:
+        """
+        [`terms`] without a graph, and the gradient of their penalty with respect to A and B of every layer in turn.
+        Nothing of it lives on during the model's forward and backward pass.
+        """
+        if self.objective is not None:
+            terms = self.terms(step)
+            gradients = torch.autograd.grad(
+                terms["penalty"], self.parameters, allow_unused=True, materialize_grads=True
+            )
+            return {name: term.detach() for name, term in terms.items()}, gradients
+        factors = self.factors()
+        with torch.no_grad():
+            inputs, outputs = self._input_sides(factors), self.drift.output_grams(factors)
+            weight = self.alignment
+            drift = self.drift.value(inputs, outputs).mean()
+            terms = {"relative_drift": drift}
+            if self.budget is not None:
+                weight = weight + self.budget.weight()
+                terms["budget_multiplier"] = self.budget.multiplier.clone()
+            terms["penalty"] = weight * drift
+            gradients = tuple(self.drift.gradients(factors, inputs, outputs, weight))
+        if self._factors is None:  # from the movement to the parameters it is made of
+            moved = [tensor for factor in factors for tensor in factor[:2]]
+            given = [gradient.to(tensor.dtype) for gradient, tensor in zip(gradients, moved, strict=True)]
+            gradients = torch.autograd.grad(moved, self.parameters, given)
+        return terms, gradients
+
+    def _input_sides(self, factors: list[LoraFactors]) -> list[InputSide]:
+        """What [`hold`] has just computed of A, unless somebody has changed A since."""
+        if self._inputs is not None and self._inputs[0] == self._version():
+            return self._inputs[1]
+        return self.drift.input_sides(factors)
+
+    def _version(self) -> int:
+        return sum(parameter._version for parameter in self.parameters[::2])
 
     @torch.no_grad()
-    def after_step(self) -> None:
+    def hold(self) -> None:
         """After the optimizer has moved the weights: hold the budget."""
+        self._inputs = None  # of the weights before
         if self.budget is not None:
+            factors = self.factors()
+            inputs = self.drift.input_sides(factors)
+            drift = self.drift.value(inputs, self.drift.output_grams(factors)).mean()
             # A continued adapter can't be scaled back to where it started within its rank; the multiplier alone holds it.
-            Bs = [local(layer.parameters()[1]) for layer in self.layers if layer.reference is None]
-            self.budget.after_step(self.drift(self.factors()).mean(), Bs)
+            self.budget.after_step(
+                drift, [local(layer.parameters()[1]) for layer in self.layers if layer.reference is None]
+            )
+            if self._factors is not None:  # A stays as it is, and the next step reads it again
+                self._inputs = self._version(), inputs
 
 
-def coefficients_of(args: AGLConfigMixin) -> Coefficients:
-    """Coefficients of the objective as the arguments give them."""
-    alignment = args.alignment_coef or 0.0
+def coefficients_of(config: AlignGuardConfig) -> Coefficients:
+    """Coefficients of the objective as the configuration gives them."""
+    alignment = config.alignment_coef or 0.0
     return Coefficients(
         alignment=alignment,
-        task=alignment if args.task_coef is None else args.task_coef,
-        task_metric=args.task_metric,
-        task_subspace=args.task_subspace or "complement",
-        collision=args.collision_coef,
-        alpha=args.collision_alpha,
-        beta=args.collision_beta,
-        threshold=args.collision_threshold,
-        width=args.collision_width,
-        rows=args.collision_rows,
-        fisher_energy=args.fisher_energy,
+        task=alignment if config.task_coef is None else config.task_coef,
+        task_metric=config.task_metric,
+        task_subspace=config.task_subspace or "complement",
+        collision=config.collision_coef,
+        alpha=config.collision_alpha,
+        beta=config.collision_beta,
+        threshold=config.collision_threshold,
+        width=config.collision_width,
+        rows=config.collision_rows,
+        fisher_energy=config.fisher_energy,
     )
 
 
-def settings_of(args: AGLConfigMixin) -> dict[str, Any]:
+def settings_of(config: AlignGuardConfig) -> dict[str, Any]:
     """What was switched on, for the metadata of a report."""
-    if args.variant == "paper":
+    if config.variant == "paper":
         return {"variant": "paper"}
-    shown: dict[str, Any] = {"variant": args.variant, **asdict(coefficients_of(args))}
-    if args.drift_budget is not None:
-        shown["drift_budget"] = args.drift_budget
-    if args.anchor_coef > 0:
-        shown |= {name: getattr(args, name) for name in ("anchor_coef", "anchor_every", "anchor_batch_size")}
+    shown: dict[str, Any] = {"variant": config.variant, **asdict(coefficients_of(config))}
+    if config.drift_budget is not None:
+        shown["drift_budget"] = config.drift_budget
+    if config.anchor_coef > 0:
+        shown |= {name: getattr(config, name) for name in ("anchor_coef", "anchor_every", "anchor_batch_size")}
     return shown
-
-
-def build_anchor(
-    args: AGLConfigMixin,
-    model: PreTrainedModel | PeftModel,
-    tokenizer: PreTrainedTokenizerBase,
-    dataset: Dataset | IterableDataset | Sequence[dict[str, Any]],
-) -> Anchor:
-    """Anchor on the rows of an alignment dataset, whose logits are cached; the model is at its reference weights."""
-    rows = select_rows(dataset, args.fisher_num_samples, args.seed)
-    if is_prompt_only(rows[0]):
-        rows = answered_by(model, tokenizer, rows, not args.disable_tqdm)
-    tokenized = [tokenize_row(row, tokenizer, args.max_length) for row in rows]
-    pad = pad_token_id(tokenizer)
-    return Anchor(model, tokenized, pad, args.anchor_every, args.anchor_batch_size, args.seed)

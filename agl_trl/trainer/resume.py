@@ -3,6 +3,8 @@
 from pathlib import Path
 
 from peft import PeftModel
+from transformers import TrainerState, TrainingArguments
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from ..artifacts.files import ADAPTER_FILE, DRIFT_FILE, FISHER_FILE, FOLDER, ArtifactError, find_artifact
 from ..drift.report import DriftReport
@@ -11,12 +13,12 @@ from ..modeling.lora import AdaptedLayer, adapted_layers
 from ..modeling.reference_factors import REFERENCE_FILE, load_reference
 
 
-def checkpoint_statistics(checkpoint: str, given: FisherStatistics | None) -> FisherStatistics:
+def checkpoint_statistics(checkpoint: str | Path, given: FisherStatistics | None) -> FisherStatistics:
     """
     Statistics the run began with; never taken again, because the weights of a checkpoint have drifted.
 
     Args:
-        checkpoint (`str`):
+        checkpoint (`str` or `Path`):
             Folder of the checkpoint.
         given ([`FisherStatistics`], *optional*):
             Statistics from `fisher_path`, for a checkpoint without a file of its own.
@@ -36,7 +38,28 @@ def checkpoint_statistics(checkpoint: str, given: FisherStatistics | None) -> Fi
     return FisherStatistics.from_pretrained(location)
 
 
-def checkpoint_state(checkpoint: str, model: PeftModel) -> tuple[list[AdaptedLayer], float]:
+def resumed_from(args: TrainingArguments, state: TrainerState) -> Path | None:
+    """
+    Folder of the checkpoint that a plain `Trainer` goes on from, which tells its callbacks the step alone; `None` of a run
+    that begins.
+
+    Raises:
+        [`ArtifactError`]: If there is no such folder.
+    """
+    if state.global_step == 0:
+        return None
+    given = args.resume_from_checkpoint  # for scripts; the trainer itself does not set it
+    named = Path(given) if isinstance(given, str) and given.endswith(f"-{state.global_step}") else None
+    folder = named or Path(args.output_dir) / f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}"
+    if not folder.is_dir():
+        raise ArtifactError(
+            f"This run goes on at step {state.global_step}, but there is no checkpoint '{folder}' to read its statistics from: set "
+            "`resume_from_checkpoint` in the training arguments to the folder that it goes on from."
+        )
+    return folder
+
+
+def checkpoint_state(checkpoint: str | Path, model: PeftModel) -> tuple[list[AdaptedLayer], float]:
     """
     Layers with the references they started from, and the budget's multiplier; of a checkpoint of plain TRL, none.
 

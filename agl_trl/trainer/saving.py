@@ -1,25 +1,23 @@
 """What a trainer saves and pushes: adapter, evidence and card, always of one and the same step."""
 
 import shutil
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from accelerate.logging import get_logger
-from huggingface_hub import CommitInfo
+from huggingface_hub import CommitInfo, HfApi
 from transformers.trainer_utils import HubStrategy, SaveStrategy
 from transformers.utils.hub import PushInProgress
 
-from ..artifacts.files import ADAPTER_FILE, FOLDER, PICTURE_FILE, sha256
-from ..drift.plots import plot_drift
+from ..artifacts.files import TAG
 from ..drift.report import DriftReport
 from ..fisher.statistics import FisherStatistics
 from ..hub.model_card import declared_license, write_card
 from ..hub.push import FAILURES, PushError, files_to_push, push_folder, reason, stage
-from ..modeling.lora import AdaptedLayer
-from ..modeling.reference_factors import save_reference
-from .config import AGLConfigMixin
+from .callback import AlignGuardCallback
+from .evidence import save_evidence
 
 
 logger = get_logger(__name__)
@@ -36,21 +34,26 @@ class SavingMixin(_Parent):
     every method is the parent's.
     """
 
-    args: AGLConfigMixin
-    statistics: FisherStatistics | None
-    _AGL_TAG = "alignguard-lora"
+    args: Any  # a trainer's arguments with those of [`AlignGuardConfig`]
+    align_guard: AlignGuardCallback | None
     _reference_adapter: ClassVar[str | None] = None  # an adapter that is never saved
-    _guarded: list[AdaptedLayer]
-    _report: DriftReport | None  # the last one
     _pushes: list[tuple[Path, Future]]  # pushes in the background with the folders they read
-    _pusher: ThreadPoolExecutor  # one worker: commits arrive in the order of the saves
 
     if TYPE_CHECKING:  # of the training half
 
         def drift_report(self) -> DriftReport: ...
 
         @property
+        def statistics(self) -> FisherStatistics | None: ...
+
+        @property
         def _step_of_weights(self) -> int: ...
+
+    def _start_pushing(self) -> None:
+        self._pushes = []
+        self._hub = (
+            HfApi()
+        )  # runs pushes one after the other in the background: commits arrive in the order of the saves
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         if self.statistics is None:
@@ -63,7 +66,8 @@ class SavingMixin(_Parent):
             folder = Path(output_dir or self.args.output_dir)
             if self._reference_adapter is not None:  # the frozen copy that TRL trains against
                 shutil.rmtree(folder / self._reference_adapter, ignore_errors=True)
-            self.save_evidence(folder, report)
+            assert self.align_guard is not None and self.statistics is not None
+            save_evidence(folder, self.statistics, report, self.align_guard.layers)
         if self.args.push_to_hub and not _internal_call:
             self.push_to_hub(commit_message="Model save", revision=self.args.hub_revision)
 
@@ -76,17 +80,6 @@ class SavingMixin(_Parent):
         finally:
             self.args.hub_token = token
 
-    def save_evidence(self, folder: str | Path, report: DriftReport) -> None:
-        """Write statistics, report and picture next to the adapter in a folder."""
-        assert self.statistics is not None, "evidence exists once training has started"
-        folder = Path(folder)
-        name = self._guarded[0].adapter  # PEFT saves any other than the default one in a folder of its name
-        report.adapter_sha256 = sha256(folder / ("" if name == "default" else name) / ADAPTER_FILE)
-        self.statistics.save_pretrained(folder)
-        save_reference(folder, self._guarded)
-        report.save_pretrained(folder)
-        plot_drift(report, folder / FOLDER / PICTURE_FILE)
-
     def create_model_card(self, model_name=None, dataset_name=None, tags=None) -> None:
         if self.statistics is None:
             super().create_model_card(model_name, dataset_name, tags)
@@ -94,9 +87,9 @@ class SavingMixin(_Parent):
         path = Path(self.args.output_dir) / "README.md"
         license = declared_license(path) if self.is_world_process_zero() else None  # the parent writes a new card
         tags = {tags} if isinstance(tags, str) else set(tags or ())
-        super().create_model_card(model_name, dataset_name, sorted(tags | {self._AGL_TAG}))
+        super().create_model_card(model_name, dataset_name, sorted(tags | {TAG}))
         # A push asks for the card on one process alone, right after the save that left its report.
-        report = self._report
+        report = None if self.align_guard is None else self.align_guard.report
         if report is None or report.global_step != self._step_of_weights:
             report = self.drift_report()
         if self.is_world_process_zero():
@@ -186,7 +179,7 @@ class SavingMixin(_Parent):
         self.push_in_progress = PushInProgress([*ahead, job])
 
     def _start_push(self, folder: Path, files: list[str], message: str | None, token, revision) -> Future[CommitInfo]:
-        return self._pusher.submit(
+        return self._hub.run_as_future(
             push_folder,
             folder,
             self.hub_model_id,

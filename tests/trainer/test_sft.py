@@ -374,7 +374,7 @@ def test_without_a_word_on_what_to_keep_driftcaps_is_kept(tmp_path, tokenizer, t
     )
     trainer = agl_trainer(tmp_path, tokenizer, train_rows, None, max_steps=2, fisher_num_samples=12)
     assert "DriftCaps" in caplog.text
-    asked = {row["prompt"][-1]["content"] for row in trainer.alignment_dataset}
+    asked = {row["prompt"][-1]["content"] for row in trainer.align_guard.alignment_dataset}
     protect = load_driftcaps("protect").to_list()
     assert asked == {row["prompt"] for row in protect if row["expected"] == "refuse"}
     trainer.train()

@@ -18,7 +18,8 @@ from trl import DPOConfig, DPOTrainer, SFTConfig, SFTTrainer
 from agl_trl import AGLDPOConfig, AGLDPOTrainer, AGLSFTConfig, AGLSFTTrainer
 from agl_trl.data.alignment import select_rows, tokenize_row
 from agl_trl.miniworld import alignment_dataset, load_tokenizer
-from agl_trl.trainer.regularizer import Guard
+from agl_trl.trainer.gradients import add_gradients
+from agl_trl.trainer.regularizer import Regularizer
 
 from ..methods import ReplayTrainer
 from .peer import PeerTrainer
@@ -102,14 +103,16 @@ def keep_memory() -> None:
             ctypes.CDLL(None).mallopt(parameter, value)
 
 
-def work_seconds(guard: Guard, repeats: int) -> float:
-    """Median seconds of what AGL does at a step beside the model: the terms, their gradient, and holding the budget."""
-    parameters = [parameter for layer in guard.layers for parameter in layer.parameters()]
+def work_seconds(regularizer: Regularizer, repeats: int) -> float:
+    """Median seconds of what AGL does at a step beside the model: the gradient of the terms, and holding the budget."""
+    parameters = regularizer.parameters
+    for parameter in parameters:
+        parameter.grad = torch.zeros_like(parameter)
     seconds = []
     for step in range(repeats + 1):
         start = time.perf_counter()
-        torch.autograd.grad(guard.terms(step)["penalty"], parameters, allow_unused=True)
-        guard.after_step()
+        add_gradients(parameters, regularizer.gradients(step)[1])
+        regularizer.hold()
         if parameters[0].is_cuda:
             torch.cuda.synchronize()
         seconds.append(time.perf_counter() - start)
@@ -136,7 +139,7 @@ def step_seconds(
             for run in running[first:] + running[:first]:
                 run.switch()
     work = {
-        name: work_seconds(trainer._guard, repeats=5)
+        name: work_seconds(trainer.align_guard.regularizer, repeats=20)
         for name, trainer in zip(names, trainers, strict=True)
         if isinstance(trainer, AGLSFTTrainer | AGLDPOTrainer)
     }

@@ -1,0 +1,116 @@
+"""DPO with the alignment kept."""
+
+from collections.abc import Callable
+
+from datasets import Dataset, DatasetDict, IterableDataset, IterableDatasetDict
+from peft import PeftConfig, PeftModel
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LambdaLR
+from transformers import (
+    BitsAndBytesConfig,
+    DataCollator,
+    EvalPrediction,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    TrainerCallback,
+    TrainingArguments,
+)
+from trl import DPOTrainer
+
+from .base import AlignGuardMixin
+from .checks import Rows
+from .trl_config import AGLDPOConfig
+
+
+class AGLDPOTrainer(AlignGuardMixin, DPOTrainer):
+    """
+    [`~trl.DPOTrainer`] that keeps the alignment of the model it trains, as [`AGLSFTTrainer`] does. Of an adapter that TRL copies
+    as reference (`"ref"`), only the trained one is guarded and saved.
+
+    Args:
+        model (`str`, `PreTrainedModel` or `PeftModel`):
+            Aligned model: id on the Hub, folder, the model itself, or one with an adapter to go on with, whose start is then what
+            counts as aligned.
+        ref_model (`PreTrainedModel`, *optional*):
+            Reference model of the preference loss; with an adapter TRL needs none.
+        args ([`AGLDPOConfig`], *optional*):
+            Training arguments; plain ones get AGL's defaults.
+        data_collator (`DataCollator`, *optional*):
+            Makes batches of rows.
+        train_dataset (`Dataset` or `IterableDataset`, *optional*):
+            Rows to train on.
+        eval_dataset (`Dataset`, `IterableDataset` or `dict`, *optional*):
+            Rows to evaluate on.
+        processing_class (`PreTrainedTokenizerBase`, *optional*):
+            Tokenizer; by default the model's.
+        compute_metrics (`Callable`, *optional*):
+            Metrics of the evaluation.
+        callbacks (`list[TrainerCallback]`, *optional*):
+            Callbacks; the one that protects the model is put before them.
+        optimizers (`tuple`, *optional*, defaults to `(None, None)`):
+            Optimizer and scheduler.
+        quantization_config (`BitsAndBytesConfig`, *optional*):
+            Quantisation of a model given by name.
+        peft_config (`PeftConfig`, *optional*):
+            Adapter, a `LoraConfig`; not needed of a model that has one.
+        alignment_dataset (`Dataset`, `IterableDataset` or `Sequence[dict]`, *optional*):
+            Rows whose behaviour must not change, in one of TRL's formats; of rows with a boolean column `unsafe`, those marked. By
+            default the model's own answers to the unsafe requests of DriftCaps' protection split.
+
+    Raises:
+        `ValueError`: Without an adapter, with rows that can't be read, or under an engine that AGL does not run on.
+        `OSError`: If the output folder can't be written.
+
+    Example:
+
+    ```python
+    from datasets import load_dataset
+    from peft import LoraConfig
+    from agl_trl import AGLDPOConfig, AGLDPOTrainer
+
+    trainer = AGLDPOTrainer(
+        model="Qwen/Qwen3-0.6B",
+        args=AGLDPOConfig("outputs", drift_budget=3e-3),
+        train_dataset=load_dataset("trl-lib/ultrafeedback_binarized", split="train"),
+        peft_config=LoraConfig(target_modules="all-linear"),
+    )
+    trainer.train()
+    ```
+    """
+
+    config_class = AGLDPOConfig
+    _reference_adapter = "ref"
+
+    def __init__(
+        self,
+        model: str | PreTrainedModel | PeftModel,
+        ref_model: PreTrainedModel | None = None,
+        args: AGLDPOConfig | TrainingArguments | None = None,
+        data_collator: DataCollator | None = None,
+        train_dataset: Dataset | IterableDataset | None = None,
+        eval_dataset: Dataset
+        | IterableDataset
+        | DatasetDict
+        | IterableDatasetDict
+        | dict[str, Dataset | IterableDataset]
+        | None = None,
+        processing_class: PreTrainedTokenizerBase | None = None,
+        compute_metrics: Callable[[EvalPrediction], dict] | None = None,
+        callbacks: list[TrainerCallback] | None = None,
+        optimizers: tuple[Optimizer | None, LambdaLR | None] = (None, None),
+        quantization_config: BitsAndBytesConfig | None = None,
+        peft_config: PeftConfig | None = None,
+        *,
+        alignment_dataset: Rows | None = None,
+    ):
+        super().__init__(
+            **self._install(model, args, peft_config, callbacks, alignment_dataset),
+            ref_model=ref_model,
+            data_collator=data_collator,
+            train_dataset=train_dataset,
+            eval_dataset=eval_dataset,
+            processing_class=processing_class,
+            compute_metrics=compute_metrics,
+            optimizers=optimizers,
+            quantization_config=quantization_config,
+        )

@@ -1,0 +1,102 @@
+"""The evidence of a run: statistics, drift report and picture, next to the adapter they are about."""
+
+import hashlib
+from pathlib import Path
+
+import torch
+from peft import PeftModel, get_peft_model_state_dict
+from safetensors.torch import save
+from transformers import TrainerState
+
+from ..artifacts.files import ADAPTER_FILE, FOLDER, PICTURE_FILE, sha256
+from ..drift.plots import plot_drift
+from ..drift.report import DriftReport
+from ..fisher.statistics import FisherStatistics
+from ..modeling.lora import AdaptedLayer
+from ..modeling.reference_factors import save_reference
+from .config import AlignGuardConfig
+from .regularizer import Regularizer, settings_of
+
+
+LOGGED = {"step": "step", "relative_drift": "agl/relative_drift", "penalty": "agl/penalty", "loss": "loss"}
+
+
+def drift_of(
+    model: PeftModel,
+    config: AlignGuardConfig,
+    statistics: FisherStatistics,
+    layers: list[AdaptedLayer],
+    regularizer: Regularizer | None,
+    state: TrainerState,
+    *,
+    step: int,
+) -> DriftReport:
+    """
+    Report of the adapter as it is now, with the history of its run.
+
+    Args:
+        model (`PeftModel`):
+            Model in training.
+        config ([`AlignGuardConfig`]):
+            What is switched on.
+        statistics ([`FisherStatistics`]):
+            Statistics of the alignment rows.
+        layers (`list[AdaptedLayer]`):
+            Layers with their references.
+        regularizer ([`Regularizer`], *optional*):
+            Of a run that has begun.
+        state (`TrainerState`):
+            State of the trainer, for the history.
+        step (`int`):
+            Training step of the weights.
+    """
+    report = DriftReport.measure(model, statistics, config.fisher_energy, layers)
+    logged = [entry for entry in state.log_history if "agl/relative_drift" in entry and "loss" in entry]
+    report.history = {name: torch.tensor([float(entry[key]) for entry in logged]) for name, key in LOGGED.items()}
+    report.global_step = step
+    report.metadata["coefficients"] = settings_of(config)
+    report.metadata["continued"] = layers[0].reference is not None
+    if regularizer is not None and regularizer.budget is not None:
+        report.budget_multiplier = regularizer.budget.multiplier.item()
+    return report
+
+
+def save_evidence(
+    folder: Path,
+    statistics: FisherStatistics,
+    report: DriftReport,
+    layers: list[AdaptedLayer],
+    model: PeftModel | None = None,
+) -> None:
+    """
+    Write statistics, report and picture into the folder of an adapter.
+
+    Args:
+        folder (`Path`):
+            Folder with `adapter_model.safetensors`, or one that it will be saved to.
+        statistics ([`FisherStatistics`]):
+            Statistics of the alignment rows.
+        report ([`DriftReport`]):
+            Report of the adapter; its hash is filled in.
+        layers (`list[AdaptedLayer]`):
+            Layers with their references.
+        model (`PeftModel`, *optional*):
+            Model whose adapter is not in the folder yet, but will be saved as it is now.
+    """
+    name = layers[0].adapter  # PEFT saves any other than the default one in a folder of its name
+    adapter = folder / ("" if name == "default" else name) / ADAPTER_FILE
+    if model is not None:
+        report.adapter_sha256 = sha256_when_saved(model, name)
+    else:
+        report.adapter_sha256 = sha256(adapter) if adapter.is_file() else None
+    statistics.save_pretrained(folder)
+    save_reference(folder, layers)
+    report.save_pretrained(folder)
+    plot_drift(report, folder / FOLDER / PICTURE_FILE)
+
+
+def sha256_when_saved(model: PeftModel, adapter: str) -> str:
+    """SHA-256 that the file of an adapter will have once PEFT has saved it."""
+    tensors = get_peft_model_state_dict(model, adapter_name=adapter)
+    content = save({name: t.detach().cpu().contiguous() for name, t in tensors.items()}, metadata={"format": "pt"})
+    return hashlib.sha256(content).hexdigest()
