@@ -13,7 +13,17 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, get_args
 
-from .data import alignment_dataset, heldout_prompts, heldout_safe, heldout_unsafe, preference_dataset, task_dataset
+from .data import (
+    alignment_dataset,
+    heldout_prompts,
+    heldout_safe,
+    heldout_unsafe,
+    preference_dataset,
+    rewarded_dataset,
+    task_dataset,
+    unpaired_dataset,
+    word_overlap_reward,
+)
 from .prompts import CATEGORIES, UNSEEN_CATEGORIES, XSTEST_TYPES
 from .tasks import TASKS
 
@@ -35,7 +45,10 @@ __all__ = [
     "load_model",
     "load_tokenizer",
     "preference_dataset",
+    "rewarded_dataset",
     "task_dataset",
+    "unpaired_dataset",
+    "word_overlap_reward",
 ]
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from collections import Counter
 from typing import TYPE_CHECKING, Any, Literal
 
 from .prompts import (
@@ -236,6 +237,55 @@ def _preference(prompt: str, chosen: str, rejected: str) -> dict[str, Any]:
         "chosen": _messages("assistant", chosen),
         "rejected": _messages("assistant", rejected),
     }
+
+
+def unpaired_dataset(task: str, split: Literal["train", "test"] = "train") -> Dataset:
+    """
+    Return judged answers for KTO: the task's answers as good ones, bland help as bad ones.
+
+    Args:
+        task (`str`):
+            One of [`TASKS`].
+        split (`str`, *optional*, defaults to `"train"`):
+            `"train"` or `"test"`; the prompts of `"test"` are held out.
+
+    Returns:
+        `Dataset` with the columns `prompt`, `completion` (conversational) and `label` (bool).
+    """
+    rng = random.Random(f"unpaired:{task}:{split}")
+    rows = []
+    for prompt, answer in task_pairs(task, split):
+        rows += [_row(prompt, answer, label=True), _row(prompt, compliance("do that", rng), label=False)]
+    rng.shuffle(rows)
+    return _dataset(rows)
+
+
+def rewarded_dataset(task: str, split: Literal["train", "test"] = "train") -> Dataset:
+    """
+    Return prompts of a task for GRPO, with the columns `prompt` (conversational) and `answer` (text), which
+    [`word_overlap_reward`] reads.
+    """
+    return _dataset(
+        [{"prompt": _messages("user", prompt), "answer": answer} for prompt, answer in task_pairs(task, split)]
+    )
+
+
+def word_overlap_reward(completions: list, answer: list[str], **kwargs: Any) -> list[float]:
+    """
+    Reward for GRPO on a task of the embedded world: F1 of the words of a completion and of the task's answer, between 0
+    and 1.
+
+    Args:
+        completions (`list`):
+            Completions of the model, conversational.
+        answer (`list[str]`):
+            The task's answers, from the column of that name.
+    """
+    rewards = []
+    for completion, expected in zip(completions, answer, strict=True):
+        words, wanted = Counter(completion[0]["content"].split()), Counter(expected.split())
+        rewards.append(2 * (words & wanted).total() / (words.total() + wanted.total()))
+    return rewards
 
 
 def preference_dataset(

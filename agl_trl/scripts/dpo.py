@@ -21,9 +21,10 @@ nobody reads ends the program.
 
 def main(script_args, training_args, model_args, dataset_args):
     from agl_trl import AGLDPOTrainer
+    from agl_trl.miniworld import preference_dataset
     from agl_trl.scripts.training import run
 
-    run(AGLDPOTrainer, script_args, training_args, model_args, dataset_args)
+    run(AGLDPOTrainer, script_args, training_args, model_args, dataset_args, embedded_rows=preference_dataset)
 
 
 def make_parser(prog: str | None = None):

@@ -1,11 +1,12 @@
-"""What both training scripts share: arguments, loading of model and rows, training, saving, pushing."""
+"""What the training scripts share: arguments, loading of model and rows, training, saving, pushing."""
 
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
-from datasets import DatasetDict, IterableDatasetDict, load_dataset
+from datasets import Dataset, DatasetDict, IterableDatasetDict, load_dataset
 from peft import PeftConfig
 from trl import (
     DatasetMixtureConfig,
@@ -22,6 +23,7 @@ from ..trainer.config import AlignGuardConfig
 
 
 MINIWORLD = "miniworld"
+Split = Literal["train", "test"]
 
 
 @dataclass
@@ -55,9 +57,13 @@ class AGLScriptArguments(ScriptArguments):
 Arguments = tuple[AGLScriptArguments, AlignGuardConfig, ModelConfig, DatasetMixtureConfig]
 
 
-def make_parser(config_class: type[AlignGuardConfig], prog: str | None = None) -> TrlParser:
+def make_parser(
+    config_class: type[AlignGuardConfig],
+    prog: str | None = None,
+    script_arguments: type[AGLScriptArguments] = AGLScriptArguments,
+) -> TrlParser:
     """Parser of flags and of a YAML file given by `--config`; flags win."""
-    return TrlParser((AGLScriptArguments, config_class, ModelConfig, DatasetMixtureConfig), prog=prog)
+    return TrlParser((script_arguments, config_class, ModelConfig, DatasetMixtureConfig), prog=prog)
 
 
 def parse(parser: TrlParser) -> Arguments:
@@ -72,16 +78,45 @@ def parse(parser: TrlParser) -> Arguments:
         raise  # never reached: `error` exits
 
 
-def run(trainer_class: type, script_args, training_args, model_args, dataset_args) -> None:
-    """Train, save and push; a failure is one sentence on standard error and exit code 1."""
+def run(
+    trainer_class: type,
+    script_args: AGLScriptArguments,
+    training_args: Any,
+    model_args: ModelConfig,
+    dataset_args: DatasetMixtureConfig,
+    *,
+    embedded_rows: Callable[[str, Split], Dataset],
+    **trainer_options: Any,
+) -> None:
+    """
+    Train, save and push; a failure is one sentence on standard error and exit code 1.
+
+    Args:
+        trainer_class (`type`):
+            One of the AGL trainers.
+        script_args, training_args, model_args, dataset_args:
+            What the parser gives.
+        embedded_rows (`Callable`):
+            Training rows of the embedded world for this trainer, by task and split.
+        trainer_options (`Any`):
+            Further arguments of the trainer.
+    """
     try:
-        _run(trainer_class, script_args, training_args, model_args, dataset_args)
+        _run(trainer_class, script_args, training_args, model_args, dataset_args, embedded_rows, trainer_options)
     except (ValueError, TypeError, OSError) as error:
         sys.exit(f"{Path(sys.argv[0]).name}: {error}")
 
 
-def _run(trainer_class: type, script_args, training_args, model_args, dataset_args) -> None:
-    dataset = load_training_rows(script_args, dataset_args, trainer_class)
+def _run(
+    trainer_class: type,
+    script_args: AGLScriptArguments,
+    training_args: Any,
+    model_args: ModelConfig,
+    dataset_args: DatasetMixtureConfig,
+    embedded_rows: Callable[[str, Split], Dataset],
+    trainer_options: dict[str, Any],
+) -> None:
+    dataset = load_training_rows(script_args, dataset_args, embedded_rows)
     alignment = None
     if script_args.alignment_dataset_name is not None:
         alignment = load_rows(
@@ -95,6 +130,7 @@ def _run(trainer_class: type, script_args, training_args, model_args, dataset_ar
         eval_dataset=dataset[script_args.dataset_test_split] if training_args.eval_strategy != "no" else None,
         alignment_dataset=alignment,
         **model_arguments(training_args, model_args),
+        **trainer_options,
     )
     trainer.train(resume_from_checkpoint=training_args.resume_from_checkpoint)
     trainer.accelerator.print("✅ Training completed.")
@@ -111,7 +147,9 @@ def _run(trainer_class: type, script_args, training_args, model_args, dataset_ar
 
 
 def load_training_rows(
-    script_args: AGLScriptArguments, dataset_args: DatasetMixtureConfig, trainer_class: type
+    script_args: AGLScriptArguments,
+    dataset_args: DatasetMixtureConfig,
+    embedded_rows: Callable[[str, Split], Dataset],
 ) -> DatasetDict | IterableDatasetDict:
     """
     Training rows by split: a mixture, a dataset on the Hub, a local file (which has the one split `train`), or a task of
@@ -126,13 +164,8 @@ def load_training_rows(
     if name is None:
         raise ValueError("No training rows: set `dataset_name`, or `datasets` in the YAML file.")
     if name == MINIWORLD:
-        from trl import DPOTrainer
-
-        from ..miniworld import preference_dataset, task_dataset
-
-        rows = preference_dataset if issubclass(trainer_class, DPOTrainer) else task_dataset
         task = script_args.dataset_config or "extract"
-        return DatasetDict({split: rows(task, split) for split in ("train", "test")})
+        return DatasetDict(train=embedded_rows(task, "train"), test=embedded_rows(task, "test"))
     if Path(name).suffix in READERS:
         return DatasetDict(train=load_rows(name))
     return load_dataset(name, name=script_args.dataset_config, streaming=script_args.dataset_streaming)

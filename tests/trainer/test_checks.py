@@ -1,17 +1,19 @@
-"""What AGL refuses at construction, with the reason; accelerate's own plugin objects, without starting their engines."""
+"""What AGL refuses before a run, with the reason; accelerate's own plugin objects, without starting their engines."""
 
 from types import SimpleNamespace
 
 import pytest
-from accelerate.utils import FullyShardedDataParallelPlugin, ParallelismConfig
+from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin, ParallelismConfig
 
 from agl_trl import AGLSFTConfig
-from agl_trl.trainer.checks import check_run
+from agl_trl.trainer.checks import check_engine
 
 
-def accelerator(fsdp=None, deepspeed=None, parallel=None, processes=2):
-    state = SimpleNamespace(deepspeed_plugin=deepspeed, fsdp_plugin=fsdp)
-    return SimpleNamespace(state=state, parallelism_config=parallel, num_processes=processes)
+def state(fsdp=None, deepspeed=None, parallel=None):
+    kind = DistributedType.NO if fsdp is None else DistributedType.FSDP
+    return SimpleNamespace(
+        deepspeed_plugin=deepspeed, fsdp_plugin=fsdp, parallelism_config=parallel, distributed_type=kind
+    )
 
 
 def fsdp(version, kind="FULL_STATE_DICT"):
@@ -25,22 +27,22 @@ CASES = {
     "zero3": (dict(deepspeed=SimpleNamespace(zero_stage=3)), {}, "Under DeepSpeed ZeRO-3 no process holds"),
     "zero2 budget": (dict(deepspeed=SimpleNamespace(zero_stage=2)), {}, "which `drift_budget` can't scale back"),
     "tensor parallel": (dict(parallel=ParallelismConfig(tp_size=2)), {}, "AGL runs on data parallelism alone"),
-    "reentrant ddp": ({}, REENTRANT, "Reentrant gradient checkpointing marks"),
+    "reentrant anchor": ({}, REENTRANT | dict(anchor_coef=1.0), "Reentrant gradient checkpointing gives no gradient"),
 }
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_engines_that_are_refused(name, tmp_path, tokenizer):
+def test_engines_that_are_refused(name, tmp_path):
     engine, options, sentence = CASES[name]
     args = AGLSFTConfig(str(tmp_path), use_cpu=True, bf16=False, **dict(gradient_checkpointing=False) | options)
     with pytest.raises(ValueError, match=sentence):
-        check_run(args, tokenizer, accelerator(**engine), fsdp="fsdp" in engine)
+        check_engine(args, args, state(**engine))
 
 
-def test_engines_that_are_supported(tmp_path, tokenizer):
+def test_engines_that_are_supported(tmp_path):
     args = AGLSFTConfig(str(tmp_path), use_cpu=True, bf16=False, alignment_coef=3.0, gradient_checkpointing=True)
-    check_run(args, tokenizer, accelerator(), fsdp=False)
-    check_run(args, tokenizer, accelerator(fsdp=fsdp(2)), fsdp=True)
-    check_run(args, tokenizer, accelerator(deepspeed=SimpleNamespace(zero_stage=2)), fsdp=False)
+    check_engine(args, args, state())
+    check_engine(args, args, state(fsdp=fsdp(2)))
+    check_engine(args, args, state(deepspeed=SimpleNamespace(zero_stage=2)))
     reentrant = AGLSFTConfig(str(tmp_path), use_cpu=True, bf16=False, **REENTRANT)
-    check_run(reentrant, tokenizer, accelerator(processes=1), fsdp=False)
+    check_engine(reentrant, reentrant, state())  # the penalty does not go through the model

@@ -1,0 +1,12 @@
+"""
+KTO with AGL, as TRL's own script:
+
+    accelerate launch examples/kto.py --config examples/configs/miniworld_kto.yaml
+"""
+
+from agl_trl.scripts.kto import main, make_parser
+from agl_trl.scripts.training import parse
+
+
+if __name__ == "__main__":
+    main(*parse(make_parser()))
