@@ -52,7 +52,7 @@ def estimate_fisher(
     resume_dir: str | PathLike | None = None,
 ) -> FisherStatistics:
     """
-    Estimate the Fisher statistics of a model at its current weights (AlignGuard-LoRA, sec. 4.1, in K-FAC form).
+    Estimate the Fisher statistics of a model at its current weights, in K-FAC form.
 
     For every linear layer, over the attention-masked tokens of the rows that must keep their behaviour (the first token
     of each row left out),
