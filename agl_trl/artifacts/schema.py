@@ -1,7 +1,7 @@
-"""Checks that every file of ours shares: metadata against a pydantic model, names of layers, tensors."""
+"""What every file of ours shares: how it is read, and checks of its metadata against a pydantic model, names of layers, tensors."""
 
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -9,7 +9,7 @@ import torch
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from torch import Tensor
 
-from .files import ArtifactError
+from .files import ArtifactError, load_tensors
 
 
 LAYER_NAME = re.compile(r"[\w.-]{1,300}")  # as in `model.layers.0.mlp.up_proj`: nothing that a path or a markup reads
@@ -96,6 +96,36 @@ def check_numbers(tensor: Tensor, name: str, shape: tuple[int, ...], least: floa
         raise ArtifactError(f"{shown(name)} is below {least:g}")
 
 
-def refuse(kind: str, path: Path, error: ArtifactError) -> ArtifactError:
+def refuse(what: str, path: Path, error: ArtifactError) -> ArtifactError:
     """The sentence for a file that failed a check of this module."""
-    return ArtifactError(f"The {kind} in '{path}' are incomplete or malformed: {error}.")
+    return ArtifactError(f"The {what} in '{path}' can't be used, incomplete or malformed: {error}.")
+
+
+def read_artifact(
+    path: Path, kind: str, what: str, check: Callable[[dict[str, Tensor], dict[str, Any]], None]
+) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """
+    Tensors and metadata of a file of one kind, read and checked; its kind and schema version are left out.
+
+    Args:
+        path (`Path`):
+            File.
+        kind (`str`):
+            Its kind, as in the metadata.
+        what (`str`):
+            What it holds, in words.
+        check (`Callable`):
+            Called with tensors and metadata, which it may bring from an early schema to today's; raises half a sentence.
+
+    Raises:
+        [`ArtifactError`]: If the file is missing, broken, of another kind, or does not pass the check.
+    """
+    tensors, metadata = load_tensors(path)
+    if metadata.pop("kind", None) != kind:
+        raise ArtifactError(f"'{path}' holds no {what}.")
+    try:
+        check(tensors, metadata)
+    except ArtifactError as error:
+        raise refuse(what, path, error) from error
+    metadata.pop("schema_version")
+    return tensors, metadata

@@ -84,11 +84,13 @@ PER_PROMPT = (*ANSWER_FLAGS, *ANSWER_FIGURES, *HIDDEN_FIGURES)
 
 def check_drift(tensors: dict[str, Tensor], metadata: dict[str, Any]) -> None:
     """
-    Check tensors and metadata of a drift report.
+    Check tensors and metadata of a drift report, those of schema 1 brought to today's names.
 
     Raises:
         [`ArtifactError`]: Half a sentence.
     """
+    if isinstance(used := metadata.get("fisher"), dict) and "damping" in used:  # of schema 1
+        used["shrinkage"] = used.pop("damping")
     check_metadata(metadata, DriftMetadata)
     layers, digest = metadata["layers"], metadata["adapter_sha256"]
     check_names(layers)

@@ -43,11 +43,13 @@ class FisherMetadata(Metadata):
 
 def check_fisher(tensors: dict[str, Tensor], metadata: dict[str, Any]) -> None:
     """
-    Check tensors and metadata of Fisher statistics.
+    Check tensors and metadata of Fisher statistics, those of schema 1 brought to today's names.
 
     Raises:
         [`ArtifactError`]: Half a sentence.
     """
+    if "damping" in metadata:  # of schema 1
+        metadata["shrinkage"] = metadata.pop("damping")
     check_metadata(metadata, FisherMetadata)
     input_of, shapes, shrinkage = metadata["input_of"], metadata["shapes"], metadata["shrinkage"]
     if not 0 <= shrinkage <= 1:
