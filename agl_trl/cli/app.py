@@ -9,6 +9,8 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
+from ..artifacts.extras import MissingExtra
+
 
 app = typer.Typer(
     name="agl-trl",
@@ -284,7 +286,7 @@ def main() -> None:
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it tells at import of kernels that nobody asked for
     try:
         app()
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, MissingExtra) as error:
         text = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
         typer.echo(f"agl-trl: {text}", err=True)
         sys.exit(1)

@@ -20,7 +20,7 @@ from trl import SFTConfig, SFTTrainer
 from ..artifacts.files import ADAPTER_FILE, FOLDER, PICTURE_FILE, sha256, write_atomically
 from ..drift.plots import plot_drift
 from ..drift.report import DriftReport
-from ..evaluation.behaviour import Answers, ask, compare
+from ..evaluation.behaviour import Answers, ask, binomial_test, compare
 from ..evaluation.judges import StringJudge
 from ..evaluation.probes import first_token_kl, probe
 from ..hub.model_card import write_card
@@ -94,7 +94,9 @@ def run_demo(output_dir: Path, seeds: int = 1, task: str = "extract", steps: int
     Raises:
         `ValueError`: If there is no such task.
         `OSError`: If `output_dir` can't be written.
+        [`MissingExtra`]: If scipy is not installed, which the intervals in the cards come from.
     """
+    binomial_test()  # told now, not after training
     console = Console()
     tokenizer, train, test, prompts = (
         load_tokenizer(),
