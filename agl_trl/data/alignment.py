@@ -10,7 +10,6 @@ import torch
 from datasets import Dataset, IterableDataset, load_dataset
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
-from trl import extract_prompt, is_conversational
 
 
 # Boolean column that marks the rows whose behaviour must not change; when present, they alone carry the statistics.
@@ -154,6 +153,8 @@ def tokenize_row(
     Raises:
         `ValueError`: If the format is unknown, or no token of the answer is left.
     """
+    from trl import extract_prompt, is_conversational  # here: statistics and callback work without a trainer of TRL
+
     if "chosen_ids" in row:  # already tokenized, as a DPO trainer's own training rows
         return AlignmentRow((row["prompt_ids"] + row["chosen_ids"])[:max_length], max(len(row["prompt_ids"]), 1))
     if "input_ids" in row:  # and an SFT trainer's

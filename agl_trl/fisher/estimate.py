@@ -2,7 +2,8 @@
 
 import hashlib
 from collections.abc import Sequence
-from importlib.metadata import version
+from contextlib import suppress
+from importlib.metadata import PackageNotFoundError, version
 from os import PathLike
 from pathlib import Path
 from typing import Any, Literal
@@ -140,13 +141,22 @@ def estimate_fisher(
             "seed": seed,
             "dataset_fingerprint": _fingerprint(rows),
             "shapes": {name: list(layer_shape(module)) for name, module in layers.items()},
-            "versions": {package: version(package) for package in ("agl-trl", "torch", "transformers", "peft", "trl")},
+            "versions": _versions(),
         },
     )
     statistics.weight_norm = statistics.weight_norms(layers)
     if sums is not None:
         sums.remove()
     return statistics
+
+
+def _versions() -> dict[str, str]:
+    """Versions of what is installed of the libraries that decide the numbers."""
+    found = {}
+    for name in ("agl-trl", "torch", "transformers", "peft", "trl"):
+        with suppress(PackageNotFoundError):  # such as this package itself, where a Space runs it from a folder
+            found[name] = version(name)
+    return found
 
 
 def _fingerprint(rows: list[AlignmentRow]) -> str:
