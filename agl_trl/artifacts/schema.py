@@ -46,17 +46,17 @@ def check_metadata(metadata: dict[str, Any], schema: type[Metadata]) -> None:
         schema.model_validate(metadata)
     except ValidationError as error:
         first = error.errors(include_url=False)[0]
-        where = shown(".".join(str(part) for part in first["loc"]))
+        where = short_repr(".".join(str(part) for part in first["loc"]))
         if first["type"] == "missing":
             raise ArtifactError(f"{where} is missing") from error
         bounds = ("greater_than_equal", "less_than_equal")
         reason = (
             "of sane size" if first["type"] in bounds else first["msg"].removeprefix("Input should be ").rstrip(".")
         )
-        raise ArtifactError(f"{where} is {shown(first['input'])}, not {reason}") from error
+        raise ArtifactError(f"{where} is {short_repr(first['input'])}, not {reason}") from error
 
 
-def shown(value: Any) -> str:
+def short_repr(value: Any) -> str:
     """A value of a file as it may stand in a sentence: on one line, and short."""
     text = repr(value) if not isinstance(value, int) or abs(value) <= LARGEST_INTEGER else "a huge number"
     return text if len(text) <= 60 else text[:57] + "…"
@@ -74,26 +74,26 @@ def check_names(names: Any) -> None:
         raise ArtifactError(f"it names {len(names)} layers, of which {len(set(names))} differ")
     for name in names:
         if not LAYER_NAME.fullmatch(name):
-            raise ArtifactError(f"{shown(name)} is no name of a layer")
+            raise ArtifactError(f"{short_repr(name)} is no name of a layer")
 
 
 def check_tensor_names(tensors: Mapping[str, Tensor], expected: set[str]) -> None:
     """Exactly the expected tensors are there."""
     for problem, names in (("is missing", expected - {*tensors}), ("does not belong there", {*tensors} - expected)):
         if names:
-            raise ArtifactError(f"tensor {shown(min(names))} {problem}")
+            raise ArtifactError(f"tensor {short_repr(min(names))} {problem}")
 
 
 def check_numbers(tensor: Tensor, name: str, shape: tuple[int, ...], least: float | None = None) -> None:
     """Finite floating-point numbers of a shape, none below the least."""
     if tensor.dtype not in WIDE_FLOATS or tuple(tensor.shape) != shape:
         raise ArtifactError(
-            f"{shown(name)} is {tensor.dtype} of shape {shown([*tensor.shape])}, not floats of {shape}"
+            f"{short_repr(name)} is {tensor.dtype} of shape {short_repr([*tensor.shape])}, not floats of {shape}"
         )
     if not torch.isfinite(tensor).all():
-        raise ArtifactError(f"{shown(name)} is not finite")
+        raise ArtifactError(f"{short_repr(name)} is not finite")
     if least is not None and (tensor < least).any():
-        raise ArtifactError(f"{shown(name)} is below {least:g}")
+        raise ArtifactError(f"{short_repr(name)} is below {least:g}")
 
 
 def refuse(what: str, path: Path, error: ArtifactError) -> ArtifactError:

@@ -128,7 +128,7 @@ class DriftReport:
         for layer, (A, B, scaling), weights in zip(layers, factors, each_frozen(layers), strict=True):
             update = Update(A.float(), B.float() * scaling)
             parts.append(_parts(update, statistics.metric(layer.name, update.A.device), fisher_energy, weights))
-        return cls._of([layer.name for layer in layers], drift, parts, statistics, fisher_energy)
+        return cls._from_parts([layer.name for layer in layers], drift, parts, statistics, fisher_energy)
 
     @classmethod
     @torch.no_grad()
@@ -164,10 +164,10 @@ class DriftReport:
             parts.append(_parts(update, metric, fisher_energy, one_frozen(W)))
         if not names:
             raise ValueError("The Fisher statistics cover no layer of this base model: they are of another one.")
-        return cls._of(names, torch.stack(drifts), parts, statistics, fisher_energy)
+        return cls._from_parts(names, torch.stack(drifts), parts, statistics, fisher_energy)
 
     @classmethod
-    def _of(
+    def _from_parts(
         cls, names: list[str], drift: Tensor, parts: list[tuple[Tensor, Tensor]], statistics, fisher_energy
     ) -> Self:
         alignment, overlap = (torch.stack(column) for column in zip(*parts, strict=True))

@@ -162,13 +162,13 @@ def measure_behaviour(
             f"Prompts need a column 'prompt' and at least one row; found {prompts.column_names}, {len(prompts)} rows."
         )
     models, judge = BaseAndTuned(model, base, layers), judge or StringJudge()
-    shown: dict[str, Any] = dict(
+    options: dict[str, Any] = dict(
         judge=judge, store=store, max_new_tokens=max_new_tokens, batch_size=batch_size, progress=progress
     )
     answers = []
     for tuned, name in ((False, "Base model"), (True, "Tuned model")):
         with models.side(tuned) as asked:
-            answers.append(ask(asked, tokenizer, prompts, desc=name, **shown))
+            answers.append(answer_prompts(asked, tokenizer, prompts, desc=name, **options))
     questions = list(prompts["prompt"])
     kl = first_token_kl(models, tokenizer, questions, answers[0].texts, batch_size=batch_size)
     probes = probe(models, tokenizer, questions, unsafe_column(prompts), batch_size=batch_size)
@@ -198,7 +198,7 @@ class Answers(NamedTuple):
         return torch.tensor([verdict.label == "refusal" for verdict in self.verdicts])
 
 
-def ask(
+def answer_prompts(
     model: PreTrainedModel | PeftModel,
     tokenizer: PreTrainedTokenizerBase,
     prompts: Dataset,
@@ -216,7 +216,7 @@ def ask(
     missing = [i for i in range(len(questions)) if store is None or keys[i] not in store.answers]
     texts = ["" if i in set(missing) or store is None else store.answers[keys[i]] for i in range(len(questions))]
 
-    def kept(indices: list[int], answers: list[str]) -> None:
+    def keep(indices: list[int], answers: list[str]) -> None:
         for index, text in zip(indices, answers, strict=True):
             texts[missing[index]] = text
         if store is not None:
@@ -230,7 +230,7 @@ def ask(
         batch_size=batch_size,
         desc=desc,
         progress=progress,
-        kept=kept,
+        on_batch=keep,
     )
     nll = torch.full((len(prompts),), torch.nan)
     if "completion" in prompts.column_names:

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from ..artifacts.files import FISHER_FILE, FOLDER, ArtifactError, find_artifact, save_tensors
-from ..artifacts.schema import read_artifact, shown
+from ..artifacts.schema import read_artifact, short_repr
 from ..modeling.lora import AdaptedLayer, adapted_layers, base_weight, layer_shape
 from ..objective.covariance import LowRankCovariance
 from ..objective.quadratic_form import LayerMetric, RelativeDrift, dense_quadratic_form, grouped
@@ -204,7 +204,7 @@ class FisherStatistics:
 
 
 def _told(value: Any) -> str:
-    return value if isinstance(value, str) and value.isidentifier() else shown(value)
+    return value if isinstance(value, str) and value.isidentifier() else short_repr(value)
 
 
 def _covariance(tensors: dict[str, Tensor], prefix: str) -> LowRankCovariance:

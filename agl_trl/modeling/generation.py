@@ -105,7 +105,7 @@ def generate_answers(
     batch_size: int = 32,
     desc: str = "Answers",
     progress: bool = True,
-    kept: Callable[[list[int], list[str]], None] | None = None,
+    on_batch: Callable[[list[int], list[str]], None] | None = None,
 ) -> list[str]:
     """
     Greedy answers of a model, in the order of the prompts.
@@ -125,8 +125,8 @@ def generate_answers(
             Text of the progress bar.
         progress (`bool`, *optional*, defaults to `True`):
             Whether to show it.
-        kept (`Callable`, *optional*):
-            Called after every batch with positions and answers, to keep them.
+        on_batch (`Callable`, *optional*):
+            Called after every batch with positions and answers.
     """
     encoded = [prompt_ids(tokenizer, prompt) for prompt in prompts]
     order = sorted(range(len(prompts)), key=lambda i: len(encoded[i]))
@@ -143,8 +143,8 @@ def generate_answers(
             texts = tokenizer.batch_decode(generated[:, padded["input_ids"].shape[1] :], skip_special_tokens=True)
             for i, text in zip(chunk, texts, strict=True):
                 answers[i] = text.strip()
-            if kept is not None:
-                kept(chunk, [answers[i] for i in chunk])
+            if on_batch is not None:
+                on_batch(chunk, [answers[i] for i in chunk])
             bar.update(len(chunk))
     return answers
 
