@@ -177,7 +177,9 @@ def first_line(error: Exception) -> str:
     return lines[0][:LONGEST_REASON].rstrip(".: ")
 
 
-def find_artifact(location: str | os.PathLike, name: str, revision: str | None = None) -> Path:
+def find_artifact(
+    location: str | os.PathLike, name: str, revision: str | None = None, token: str | bool | None = None
+) -> Path:
     """
     Path of an artifact given the file itself, its folder, the folder of the adapter it belongs to, or the id of a repo on
     the Hub (`user/name`), of which this one file is downloaded, or taken from the cache.
@@ -189,6 +191,8 @@ def find_artifact(location: str | os.PathLike, name: str, revision: str | None =
             Name of the file.
         revision (`str`, *optional*):
             Branch, tag or commit of the repo.
+        token (`str` or `bool`, *optional*):
+            Token for a private or gated repo; by default the one that is logged in.
 
     Raises:
         [`ArtifactError`]: If it is in none of these places.
@@ -200,7 +204,7 @@ def find_artifact(location: str | os.PathLike, name: str, revision: str | None =
             return candidate
     if path.exists() or not REPO_ID.fullmatch(str(location)):
         raise ArtifactError(f"Found no '{FOLDER}/{name}' in '{location}'.")
-    return Path(from_hub(hf_hub_download, str(location), f"{FOLDER}/{name}", revision=revision))
+    return Path(from_hub(hf_hub_download, str(location), f"{FOLDER}/{name}", revision=revision, token=token))
 
 
 def adapter_folder(location: str | os.PathLike, revision: str | None = None) -> Path:

@@ -9,6 +9,8 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
+from ..artifacts.extras import MissingExtra
+
 
 app = typer.Typer(
     name="agl-trl",
@@ -146,7 +148,7 @@ def project(
     """Write a copy of an adapter that is shrunk to a drift budget, without data and without training."""
     from ..artifacts.files import ADAPTER_FILE, FOLDER, PICTURE_FILE, adapter_folder, sha256
     from ..drift.plots import plot_drift
-    from ..drift.projection import strength_for, write_projected
+    from ..drift.projection import write_projected
     from ..drift.report import DriftReport
     from ..fisher.statistics import FisherStatistics
     from ..modeling.loading import load_adapter, load_model
@@ -159,10 +161,7 @@ def project(
     statistics.check_fits(model, linear_layers(model))
     layers = adapted_layers(model)
     before = DriftReport.measure(model, statistics)
-    strength, As = strength_for(layers, statistics, budget)
-    write_projected(folder, output_dir, layers, As)
-    for layer, A in zip(layers, As, strict=True):
-        layer.parameters()[0].data.copy_(A)
+    strength = write_projected(folder, output_dir, layers, statistics, budget)
     after = DriftReport.measure(model, statistics)
     after.adapter_sha256 = sha256(output_dir / ADAPTER_FILE)
     after.metadata["projected"] = {"budget": budget, "strength": strength, "drift_before": before.mean_relative_drift}
@@ -287,7 +286,7 @@ def main() -> None:
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it tells at import of kernels that nobody asked for
     try:
         app()
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, MissingExtra) as error:
         text = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
         typer.echo(f"agl-trl: {text}", err=True)
         sys.exit(1)

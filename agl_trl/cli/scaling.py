@@ -6,12 +6,11 @@ from pathlib import Path
 
 import numpy as np
 import typer
-from matplotlib.figure import Figure
 from rich.console import Console
 from rich.table import Table
 
 from ..artifacts.files import canonical_json, write_atomically
-from ..drift.plots import png
+from ..drift.plots import new_figure, png
 from ..experiments.scaling_law import Fit, Law, Runs, fit, typical_increase
 
 
@@ -103,7 +102,7 @@ def described(fits: dict[str, Fit]) -> dict:
 
 def surfaces(methods: dict[str, Runs], fits: dict[str, Fit]) -> bytes:
     """One panel per method: measured increases over tokens, a line of the law for every model size."""
-    figure = Figure(figsize=(5 * len(methods), 4), layout="constrained")
+    figure = new_figure(5 * len(methods), 4)
     panels = figure.subplots(1, len(methods), sharey=True, squeeze=False)[0]
     for panel, (name, runs) in zip(panels, methods.items(), strict=True):
         law: Law = fits[name].law

@@ -10,7 +10,9 @@ import torch
 from datasets import Dataset, IterableDataset, load_dataset
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
-from trl import extract_prompt, is_conversational
+
+from ..driftcaps import alignment_rows
+from ..miniworld import MINIWORLD, alignment_dataset
 
 
 # Boolean column that marks the rows whose behaviour must not change; when present, they alone carry the statistics.
@@ -51,13 +53,9 @@ def load_rows(name: str, split: str = "train", config: str | None = None) -> Dat
     Raises:
         `ValueError`: If the file can't be read, or holds nothing.
     """
-    if name == "miniworld":
-        from ..miniworld import alignment_dataset
-
+    if name == MINIWORLD:
         return alignment_dataset()
     if name == "driftcaps":
-        from ..driftcaps import alignment_rows
-
         return alignment_rows()
     path = Path(name)
     try:
@@ -80,8 +78,6 @@ def read_failure(error: Exception) -> str:
 
 def driftcaps_requests() -> Dataset:
     """Unsafe requests of DriftCaps' protection split, without answers: those of the model itself are to be kept."""
-    from ..driftcaps import alignment_rows
-
     rows = alignment_rows("protect")
     unsafe = [i for i, marked in enumerate(rows[PROTECTED_COLUMN]) if marked]
     return rows.select(unsafe).select_columns(["prompt", PROTECTED_COLUMN])
@@ -154,6 +150,8 @@ def tokenize_row(
     Raises:
         `ValueError`: If the format is unknown, or no token of the answer is left.
     """
+    from trl import extract_prompt, is_conversational  # here: statistics and callback work without a trainer of TRL
+
     if "chosen_ids" in row:  # already tokenized, as a DPO trainer's own training rows
         return AlignmentRow((row["prompt_ids"] + row["chosen_ids"])[:max_length], max(len(row["prompt_ids"]), 1))
     if "input_ids" in row:  # and an SFT trainer's
@@ -256,12 +254,12 @@ def batches(
     lines = -(-len(rows) // num_processes)
     for start in range(0, lines, batch_size):
         indices = order[start : start + batch_size]
-        shown = indices if start + batch_size < lines or len(order) == lines else [*indices, order[-1]]
-        length = max(len(rows[i].input_ids) for i in shown)
-        input_ids = torch.full((len(shown), length), pad_token_id)
+        members = indices if start + batch_size < lines or len(order) == lines else [*indices, order[-1]]
+        length = max(len(rows[i].input_ids) for i in members)
+        input_ids = torch.full((len(members), length), pad_token_id)
         attention_mask = torch.zeros_like(input_ids)
         answer_mask = torch.zeros_like(input_ids, dtype=torch.bool)
-        for line, index in enumerate(shown):
+        for line, index in enumerate(members):
             row = rows[index]
             end = len(row.input_ids)
             input_ids[line, :end] = torch.tensor(row.input_ids)

@@ -10,7 +10,7 @@ from datasets.exceptions import DatasetNotFoundError
 from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, RepositoryNotFoundError
 
 from ..driftcaps import load_driftcaps
-from ..miniworld import heldout_prompts
+from ..miniworld import MINIWORLD, heldout_prompts
 from .alignment import READERS, load_rows, read_failure
 
 
@@ -99,7 +99,7 @@ def load_prompts(name: str, limit: int | None = None) -> Dataset:
         raise ValueError(f"`limit` must be positive, not {limit}.")
     if name in SETS:
         return spread(map_rows(_from_hub(SETS[name]), SETS[name]), limit)
-    if name == "miniworld":
+    if name == MINIWORLD:
         rows, licence = heldout_prompts(), "apache-2.0"
     elif name == "driftcaps":
         rows, licence = load_driftcaps("test"), "cc-by-4.0"

@@ -1,20 +1,28 @@
 """The pictures that travel with an adapter. Figures are made without global state, and their bytes are reproducible."""
 
+from __future__ import annotations
+
+import logging
 import re
 from collections.abc import Mapping
+from functools import cache
 from io import BytesIO
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
-from matplotlib.axes import Axes
-from matplotlib.colors import LogNorm
-from matplotlib.figure import Figure
 
+from ..artifacts.extras import MissingExtra, needs_extra
 from ..artifacts.files import write_atomically
 from ..evaluation.behaviour import Behaviour, Rate
 from .report import DriftReport
 
 
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+logger = logging.getLogger(__name__)
 BASE_COLOR, TUNED_COLOR = "#4c566a", "#2e7d5b"
 OTHER_COLORS = ("#c2503c", "#d8a24a", "#7b6ba8")
 BLOCK_NUMBER = re.compile(r"\.(\d+)\.")
@@ -24,7 +32,8 @@ def plot_drift(
     report: DriftReport, path: Path, name: str = "fine-tuned", others: Mapping[str, Behaviour] | None = None
 ) -> None:
     """
-    Draw refusal before and after by category (where prompts were run) and relative drift by layer.
+    Draw refusal before and after by category (where prompts were run) and relative drift by layer. Without matplotlib the
+    picture is left out, with one warning: no run is to end for want of it.
 
     Args:
         report ([`DriftReport`]):
@@ -39,19 +48,47 @@ def plot_drift(
     Raises:
         `OSError`: If the picture can't be written.
     """
+    try:
+        content = png(_figure(report, name, others or {}))
+    except MissingExtra as error:
+        path.unlink(missing_ok=True)  # an earlier one, of another report
+        _warn_once(f"There is no picture beside the drift report. {error}")
+        return
+    write_atomically(path, content)
+
+
+@cache
+def _warn_once(message: str) -> None:
+    logger.warning(message)
+
+
+def new_figure(width: float, height: float) -> Figure:
+    """
+    An empty figure, of a size in inches.
+
+    Raises:
+        [`MissingExtra`]: If matplotlib is not installed.
+    """
+    with needs_extra("report", "Pictures"):
+        from matplotlib.figure import Figure
+
+    return Figure(figsize=(width, height), layout="constrained")
+
+
+def _figure(report: DriftReport, name: str, others: Mapping[str, Behaviour]) -> Figure:
     behaviour = report.behaviour
     rows = _behaviour_rows(behaviour) if behaviour is not None else []
     modules, blocks = grid_names(report.layers)
     height = max(3.2, 0.42 * len(rows) + 1.3, 0.34 * len(modules) + 1.6)
-    figure = Figure(figsize=(11 if rows else 6.5, height), layout="constrained")
+    figure = new_figure(11 if rows else 6.5, height)
     if behaviour is not None:
         left, right = figure.subplots(1, 2, width_ratios=(1.25, 1))
-        tuned = {**(others or {}), name: behaviour}
+        tuned = {**others, name: behaviour}
         _draw_behaviour(left, rows, behaviour, tuned)
     else:
         right = figure.subplots()
     _draw_layers(right, report, modules, blocks)
-    write_atomically(path, png(figure))
+    return figure
 
 
 def png(figure: Figure) -> bytes:
@@ -115,6 +152,8 @@ def _draw_layers(axes: Axes, report: DriftReport, modules: list[str], blocks: li
     grid = np.full((len(modules), len(blocks)), np.nan)
     for name, drift in zip(report.layers, report.relative_drift.tolist(), strict=True):
         grid[modules.index(module_of(name)), blocks.index(block_of(name))] = drift
+    from matplotlib.colors import LogNorm
+
     axes.set_title(f"Relative drift by layer, mean {report.mean_relative_drift:.2e}", fontsize=10)
     axes.set_yticks(range(len(modules)), modules, fontsize=8, parse_math=False)
     axes.set_xlabel("block")

@@ -1,6 +1,7 @@
 """Repairing an adapter after the fact: shrink a trained update to a drift budget, without data and without training."""
 
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -12,6 +13,9 @@ from ..artifacts.files import ADAPTER_FILE, FOLDER, ArtifactError, write_atomica
 from ..fisher.statistics import FisherStatistics
 from ..modeling.lora import AdaptedLayer
 from ..objective.covariance import LowRankCovariance
+
+
+STRONGEST = 1e30  # ν beyond which nothing changes any more
 
 
 def projected_factor(A: Tensor, X: LowRankCovariance, strength: float) -> Tensor:
@@ -36,14 +40,31 @@ def projected_factor(A: Tensor, X: LowRankCovariance, strength: float) -> Tensor
 
 @torch.no_grad()
 def strength_for(
-    layers: list[AdaptedLayer], statistics: FisherStatistics, budget: float
+    layers: list[AdaptedLayer],
+    statistics: FisherStatistics,
+    budget: float,
+    dtypes: Sequence[torch.dtype] | None = None,
 ) -> tuple[float, list[Tensor]]:
     """
     The smallest ν (to 0.1 %) at which the mean relative drift is at or below a budget, and the `lora_A` weights there.
 
+    Args:
+        layers (`list[AdaptedLayer]`):
+            Layers of the adapter.
+        statistics ([`FisherStatistics`]):
+            Statistics of its base model.
+        budget (`float`):
+            Largest mean relative drift.
+        dtypes (`Sequence[torch.dtype]`, *optional*):
+            Types that the `lora_A` weights will be stored in, by layer; by default float32. The weights are rounded to them
+            before they are measured: it is the stored ones that keep the budget.
+
+    Returns:
+        `tuple[float, list[Tensor]]`: ν, and a weight per layer in its type.
+
     Raises:
         `ValueError`: If the statistics use the output side, for which no such shrinking keeps the rank, or the budget is
-            not above 0.
+            not above 0, or so small that what rounding leaves is above it.
     """
     if budget <= 0:
         raise ValueError(f"The budget must be above 0, got {budget}.")
@@ -52,9 +73,13 @@ def strength_for(
     drift = statistics.drift_of(layers)
     current = [layer.current() for layer in layers]
     metrics = [statistics.metric(layer.name, A.device).input for layer, (A, _, _) in zip(layers, current, strict=True)]
+    dtypes = [torch.float32] * len(layers) if dtypes is None else dtypes
 
     def at(strength: float) -> tuple[float, list[Tensor]]:
-        As = [projected_factor(factors.A.float(), X, strength) for factors, X in zip(current, metrics, strict=True)]
+        As = [
+            projected_factor(factors.A.float(), X, strength).to(dtype)
+            for factors, X, dtype in zip(current, metrics, dtypes, strict=True)
+        ]
         factors = [one._replace(A=A) for one, A in zip(current, As, strict=True)]
         return drift(factors).mean().item(), As
 
@@ -64,31 +89,58 @@ def strength_for(
     low, high = 0.0, 1e-6
     while at(high)[0] > budget:
         low, high = high, 4 * high
+        if high > STRONGEST:
+            raise ValueError(f"No projection keeps a budget of {budget:g}: rounding of the weights alone is above it.")
     while high - low > 1e-3 * high:
         middle = (low + high) / 2
         low, high = (middle, high) if at(middle)[0] > budget else (low, middle)
     return high, at(high)[1]
 
 
-def write_projected(source: Path, target: Path, layers: list[AdaptedLayer], As: list[Tensor]) -> None:
+@torch.no_grad()
+def write_projected(
+    source: Path, target: Path, layers: list[AdaptedLayer], statistics: FisherStatistics, budget: float
+) -> float:
     """
-    A copy of an adapter's folder with other `lora_A` weights and without the evidence of the original.
+    Shrink an adapter to a drift budget: a copy of its folder, without the evidence of the original, and the model that the
+    layers are of, which then holds the very weights of the copy.
+
+    Args:
+        source (`Path`):
+            Folder of the adapter.
+        target (`Path`):
+            Folder of the copy.
+        layers (`list[AdaptedLayer]`):
+            Layers of the adapter, loaded from `source`.
+        statistics ([`FisherStatistics`]):
+            Statistics of its base model.
+        budget (`float`):
+            Largest mean relative drift.
+
+    Returns:
+        `float`: ν of [`strength_for`].
 
     Raises:
+        `ValueError`: As in [`strength_for`].
         [`ArtifactError`]: If the copy would overwrite the original, or a weight is not in the file.
+        `OSError`: If the copy can't be written.
     """
     if target.resolve() == source.resolve():
         raise ArtifactError(f"The repaired copy must not overwrite '{source}': name another `--output-dir`.")
     with safe_open(source / ADAPTER_FILE, "pt") as file:
         tensors, metadata = {name: file.get_tensor(name) for name in file.keys()}, file.metadata()  # noqa: SIM118
-    for layer, A in zip(layers, As, strict=True):
-        name = f"base_model.model.{layer.name}.lora_A.weight"
+    names = [f"base_model.model.{layer.name}.lora_A.weight" for layer in layers]
+    for name in names:
         if name not in tensors:
             raise ArtifactError(f"The adapter in '{source}' has no tensor '{name}'.")
-        tensors[name] = A.to(tensors[name].dtype).contiguous()
+    strength, As = strength_for(layers, statistics, budget, [tensors[name].dtype for name in names])
+    tensors |= {name: A.cpu().contiguous() for name, A in zip(names, As, strict=True)}
     target.mkdir(parents=True, exist_ok=True)
     for path in source.iterdir():
         if path.is_file() and path.suffix in (".json", ".jinja", ".model", ".txt"):
             shutil.copy2(path, target / path.name)
     shutil.rmtree(target / FOLDER, ignore_errors=True)
     write_atomically(target / ADAPTER_FILE, save(tensors, metadata))
+    for layer, A in zip(layers, As, strict=True):
+        layer.parameters()[0].data.copy_(A)
+    return strength

@@ -17,11 +17,10 @@ from ..artifacts.files import (
     FOLDER,
     ArtifactError,
     find_artifact,
-    load_tensors,
     save_tensors,
     sha256,
 )
-from ..artifacts.schema import refuse
+from ..artifacts.schema import read_artifact
 from ..evaluation.behaviour import Behaviour
 from ..fisher.statistics import FisherStatistics
 from ..modeling.lora import (
@@ -129,7 +128,7 @@ class DriftReport:
         for layer, (A, B, scaling), weights in zip(layers, factors, each_frozen(layers), strict=True):
             update = Update(A.float(), B.float() * scaling)
             parts.append(_parts(update, statistics.metric(layer.name, update.A.device), fisher_energy, weights))
-        return cls._of([layer.name for layer in layers], drift, parts, statistics, fisher_energy)
+        return cls._from_parts([layer.name for layer in layers], drift, parts, statistics, fisher_energy)
 
     @classmethod
     @torch.no_grad()
@@ -165,10 +164,10 @@ class DriftReport:
             parts.append(_parts(update, metric, fisher_energy, one_frozen(W)))
         if not names:
             raise ValueError("The Fisher statistics cover no layer of this base model: they are of another one.")
-        return cls._of(names, torch.stack(drifts), parts, statistics, fisher_energy)
+        return cls._from_parts(names, torch.stack(drifts), parts, statistics, fisher_energy)
 
     @classmethod
-    def _of(
+    def _from_parts(
         cls, names: list[str], drift: Tensor, parts: list[tuple[Tensor, Tensor]], statistics, fisher_energy
     ) -> Self:
         alignment, overlap = (torch.stack(column) for column in zip(*parts, strict=True))
@@ -249,7 +248,9 @@ class DriftReport:
         return path
 
     @classmethod
-    def from_pretrained(cls, location: str | PathLike, revision: str | None = None) -> Self:
+    def from_pretrained(
+        cls, location: str | PathLike, revision: str | None = None, token: str | bool | None = None
+    ) -> Self:
         """
         Read a report from a folder that holds `agl/drift.safetensors`, from the file itself, or from a repo on the Hub.
 
@@ -258,21 +259,15 @@ class DriftReport:
                 Folder, file, or id of a repo.
             revision (`str`, *optional*):
                 Branch, tag or commit of the repo.
+            token (`str` or `bool`, *optional*):
+                Token for a private or gated repo; by default the one that is logged in.
 
         Raises:
             [`ArtifactError`]: If there is none, or the file is broken, foreign or incomplete.
         """
-        path = find_artifact(location, DRIFT_FILE, revision)
-        tensors, metadata = load_tensors(path)
-        if metadata.pop("kind", None) != "drift":
-            raise ArtifactError(f"'{path}' holds no drift report.")
-        if isinstance(used := metadata.get("fisher"), dict) and "damping" in used:  # of schema 1
-            used["shrinkage"] = used.pop("damping")
-        try:
-            check_drift(tensors, metadata)
-        except ArtifactError as error:
-            raise refuse("figures of the drift report", path, error) from error
-        metadata.pop("schema_version"), metadata.pop("summary")
+        path = find_artifact(location, DRIFT_FILE, revision, token)
+        tensors, metadata = read_artifact(path, "drift", "drift report", check_drift)
+        metadata.pop("summary")
         described = metadata.pop("behaviour", None)
         behaviour = None
         if described is not None:

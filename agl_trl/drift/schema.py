@@ -18,7 +18,7 @@ from ..artifacts.schema import (
     check_names,
     check_numbers,
     check_tensor_names,
-    shown,
+    short_repr,
 )
 
 
@@ -84,19 +84,21 @@ PER_PROMPT = (*ANSWER_FLAGS, *ANSWER_FIGURES, *HIDDEN_FIGURES)
 
 def check_drift(tensors: dict[str, Tensor], metadata: dict[str, Any]) -> None:
     """
-    Check tensors and metadata of a drift report.
+    Check tensors and metadata of a drift report, those of schema 1 brought to today's names.
 
     Raises:
         [`ArtifactError`]: Half a sentence.
     """
+    if isinstance(used := metadata.get("fisher"), dict) and "damping" in used:  # of schema 1
+        used["shrinkage"] = used.pop("damping")
     check_metadata(metadata, DriftMetadata)
     layers, digest = metadata["layers"], metadata["adapter_sha256"]
     check_names(layers)
     for name in ("global_step", "budget_multiplier"):
         if metadata[name] is not None and metadata[name] < 0:
-            raise ArtifactError(f"'{name}' is {shown(metadata[name])}, below 0")
+            raise ArtifactError(f"'{name}' is {short_repr(metadata[name])}, below 0")
     if digest is not None and not SHA256.fullmatch(digest):
-        raise ArtifactError(f"'adapter_sha256' is {shown(digest)}")
+        raise ArtifactError(f"'adapter_sha256' is {short_repr(digest)}")
     behaviour = metadata.get("behaviour")
     history = {name for name in tensors if name.startswith("history.")}
     check_tensor_names(tensors, {*PER_LAYER, *history, *(PER_PROMPT if behaviour is not None else ())})
@@ -111,7 +113,7 @@ def check_drift(tensors: dict[str, Tensor], metadata: dict[str, Any]) -> None:
             raise ArtifactError("'behaviour' is of no prompt")
         for name in ANSWER_FLAGS:
             if tensors[name].dtype != torch.bool or tensors[name].shape != (count,):
-                raise ArtifactError(f"'{name}' is {tensors[name].dtype} of shape {shown([*tensors[name].shape])}")
+                raise ArtifactError(f"'{name}' is {tensors[name].dtype} of shape {short_repr([*tensors[name].shape])}")
         _check_alike("answers", {name: tensors[name] for name in ANSWER_FIGURES}, count)
         _check_alike("hidden states", {name: tensors[name] for name in HIDDEN_FIGURES}, None)
         if tensors[HIDDEN_FIGURES[0]].numel() == 0:
@@ -123,4 +125,4 @@ def _check_alike(what: str, tensors: dict[str, Tensor], count: int | None) -> No
     shapes = {tuple(tensor.shape) for tensor in tensors.values()}
     wanted = [(count,)] if count is not None else [shape for shape in shapes if len(shape) == 1][:1]
     if not all(tensor.dtype in WIDE_FLOATS for tensor in tensors.values()) or [*shapes] != wanted:
-        raise ArtifactError(f"the figures of the {what} have shapes {shown(sorted(shapes))} or are no floats")
+        raise ArtifactError(f"the figures of the {what} have shapes {short_repr(sorted(shapes))} or are no floats")

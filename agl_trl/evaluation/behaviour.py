@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -9,10 +10,10 @@ from typing import Any, NamedTuple
 import torch
 from datasets import Dataset
 from peft import PeftModel
-from scipy.stats import binomtest
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from ..artifacts.extras import needs_extra
 from ..modeling.base_and_tuned import BaseAndTuned
 from ..modeling.generation import answer_nll, generate_answers, prompt_text
 from ..modeling.lora import AdaptedLayer
@@ -20,6 +21,19 @@ from .answer_cache import AnswerCache
 from .judges import Judge, StringJudge
 from .probes import KL_TOKENS, Probes, first_token_kl, probe
 from .refusal import Verdict
+
+
+def binomial_test() -> Callable[..., Any]:
+    """
+    scipy's `binomtest`, which all intervals and p-values come from.
+
+    Raises:
+        [`MissingExtra`]: If scipy is not installed.
+    """
+    with needs_extra("report", "Intervals and tests of refusal rates"):
+        from scipy.stats import binomtest
+
+    return binomtest
 
 
 @dataclass(frozen=True)
@@ -35,7 +49,7 @@ class Rate:
 
     @property
     def interval(self) -> tuple[float, float]:
-        interval = binomtest(self.count, self.total).proportion_ci(method="wilson")
+        interval = binomial_test()(self.count, self.total).proportion_ci(method="wilson")
         return interval.low, interval.high
 
 
@@ -97,7 +111,7 @@ class Behaviour:
         chosen = self.unsafe == unsafe
         lost = int((self.refused_base & ~self.refused_tuned)[chosen].sum())
         won = int((~self.refused_base & self.refused_tuned)[chosen].sum())
-        return binomtest(lost, lost + won).pvalue if lost + won else 1.0
+        return binomial_test()(lost, lost + won).pvalue if lost + won else 1.0
 
 
 def measure_behaviour(
@@ -140,19 +154,21 @@ def measure_behaviour(
 
     Raises:
         `ValueError`: If there is no column `prompt` or no row.
+        [`MissingExtra`]: If scipy is not installed, without which nothing can be said of the answers.
     """
+    binomial_test()  # told now, not when all prompts are answered
     if "prompt" not in prompts.column_names or len(prompts) == 0:
         raise ValueError(
             f"Prompts need a column 'prompt' and at least one row; found {prompts.column_names}, {len(prompts)} rows."
         )
     models, judge = BaseAndTuned(model, base, layers), judge or StringJudge()
-    shown: dict[str, Any] = dict(
+    options: dict[str, Any] = dict(
         judge=judge, store=store, max_new_tokens=max_new_tokens, batch_size=batch_size, progress=progress
     )
     answers = []
     for tuned, name in ((False, "Base model"), (True, "Tuned model")):
         with models.side(tuned) as asked:
-            answers.append(ask(asked, tokenizer, prompts, desc=name, **shown))
+            answers.append(answer_prompts(asked, tokenizer, prompts, desc=name, **options))
     questions = list(prompts["prompt"])
     kl = first_token_kl(models, tokenizer, questions, answers[0].texts, batch_size=batch_size)
     probes = probe(models, tokenizer, questions, unsafe_column(prompts), batch_size=batch_size)
@@ -182,7 +198,7 @@ class Answers(NamedTuple):
         return torch.tensor([verdict.label == "refusal" for verdict in self.verdicts])
 
 
-def ask(
+def answer_prompts(
     model: PreTrainedModel | PeftModel,
     tokenizer: PreTrainedTokenizerBase,
     prompts: Dataset,
@@ -200,7 +216,7 @@ def ask(
     missing = [i for i in range(len(questions)) if store is None or keys[i] not in store.answers]
     texts = ["" if i in set(missing) or store is None else store.answers[keys[i]] for i in range(len(questions))]
 
-    def kept(indices: list[int], answers: list[str]) -> None:
+    def keep(indices: list[int], answers: list[str]) -> None:
         for index, text in zip(indices, answers, strict=True):
             texts[missing[index]] = text
         if store is not None:
@@ -214,7 +230,7 @@ def ask(
         batch_size=batch_size,
         desc=desc,
         progress=progress,
-        kept=kept,
+        on_batch=keep,
     )
     nll = torch.full((len(prompts),), torch.nan)
     if "completion" in prompts.column_names:

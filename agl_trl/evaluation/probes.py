@@ -9,7 +9,7 @@ from transformers import PreTrainedTokenizerBase
 
 from ..data.alignment import AlignmentRow, batches, pad_token_id
 from ..modeling.base_and_tuned import BaseAndTuned
-from ..modeling.generation import Messages, evaluating, prompt_ids
+from ..modeling.generation import Messages, answer_logits, evaluating, forward_at, input_device, prompt_ids
 
 
 KL_TOKENS = 8
@@ -86,23 +86,19 @@ def probe(
     margins = torch.full((2, len(rows)), torch.nan)
     distance: Tensor | float = 0.0
     sums: Tensor | None = None  # of states, of shape (base or tuned, safe or unsafe, layers + 1, hidden size)
-    for batch in batches(rows, batch_size, pad_token_id(tokenizer), models.tuned.device):
+    for batch in batches(rows, batch_size, pad_token_id(tokenizer), input_device(models.tuned)):
         last = batch.attention_mask.sum(1) - 1
+        columns, column_of = last.unique(return_inverse=True)
         lines = torch.arange(len(last), device=last.device)
         states = []
         for number, tuned in enumerate((False, True)):
             with models.side(tuned) as model, evaluating(model):
-                output = model(
-                    input_ids=batch.input_ids.to(model.device),
-                    attention_mask=batch.attention_mask.to(model.device),
-                    use_cache=False,
-                    output_hidden_states=True,
-                )
+                output = forward_at(model, batch, columns, output_hidden_states=True)
             if openers is not None:
-                log_probs = output.logits[lines, last].float().log_softmax(-1)
+                log_probs = _at(output.logits, lines, column_of).log_softmax(-1)
                 refusal, compliance = (log_probs[:, ids].logsumexp(1) for ids in openers)
                 margins[number, batch.indices] = (refusal - compliance).cpu()
-            states.append(torch.stack([state[lines, last].float().cpu() for state in output.hidden_states], 1))
+            states.append(torch.stack([_at(state, lines, last).cpu() for state in output.hidden_states], 1))
         # 1 − cos as half the squared distance of the directions: exactly zero where nothing moved.
         distance = distance + (normalize(states[0], dim=-1) - normalize(states[1], dim=-1)).square().sum((0, 2)) / 2
         chosen = unsafe[batch.indices]
@@ -116,6 +112,11 @@ def probe(
         difference = means[:, 1] - means[:, 0]
         direction = cosine_similarity(difference[0], difference[1], dim=-1)
     return Probes(margins[0], margins[1], distance / len(rows), direction)
+
+
+def _at(values: Tensor, lines: Tensor, columns: Tensor) -> Tensor:
+    """One column of every line, in float32; the layers of a spread model lie on several devices."""
+    return values[lines.to(values.device), columns.to(values.device)].float()
 
 
 @torch.no_grad()
@@ -152,17 +153,13 @@ def first_token_kl(
         answer_ids = tokenizer(answer, add_special_tokens=False)["input_ids"][:KL_TOKENS]
         rows.append(AlignmentRow(question + (answer_ids or [tokenizer.eos_token_id]), len(question)))
     kl = torch.zeros(len(rows))
-    for batch in batches(rows, batch_size, pad_token_id(tokenizer), models.tuned.device):
+    for batch in batches(rows, batch_size, pad_token_id(tokenizer), input_device(models.tuned)):
         sides = []
         for tuned in (False, True):
             with models.side(tuned) as model, evaluating(model):
-                inputs = (tensor.to(model.device) for tensor in (batch.input_ids, batch.attention_mask))
-                logits = model(
-                    **dict(zip(("input_ids", "attention_mask"), inputs, strict=True)), use_cache=False
-                ).logits
-            sides.append(
-                logits[batch.answer_mask.to(logits.device)].float().log_softmax(-1).to(batch.input_ids.device)
-            )
+                logits, mask = answer_logits(model, batch)
+            log_probs = logits[mask.to(logits.device)].float().log_softmax(-1)
+            sides.append(log_probs.to(batch.input_ids.device))
         base, other = sides
         per_token = (base.exp() * (base - other)).sum(-1).cpu()
         kl[batch.indices] = torch.stack([part.mean() for part in per_token.split(batch.answer_mask.sum(1).tolist())])

@@ -20,11 +20,12 @@ from trl import SFTConfig, SFTTrainer
 from ..artifacts.files import ADAPTER_FILE, FOLDER, PICTURE_FILE, sha256, write_atomically
 from ..drift.plots import plot_drift
 from ..drift.report import DriftReport
-from ..evaluation.behaviour import Answers, ask, compare
+from ..evaluation.behaviour import Answers, answer_prompts, binomial_test, compare
 from ..evaluation.judges import StringJudge
 from ..evaluation.probes import first_token_kl, probe
 from ..hub.model_card import write_card
 from ..miniworld import (
+    MINIWORLD,
     alignment_dataset,
     checkpoint_path,
     heldout_prompts,
@@ -95,7 +96,9 @@ def run_demo(output_dir: Path, seeds: int = 1, task: str = "extract", steps: int
     Raises:
         `ValueError`: If there is no such task.
         `OSError`: If `output_dir` can't be written.
+        [`MissingExtra`]: If scipy is not installed, which the intervals in the cards come from.
     """
+    binomial_test()  # told now, not after training
     console = Console()
     tokenizer, train, test, prompts = (
         load_tokenizer(),
@@ -132,7 +135,7 @@ def run_demo(output_dir: Path, seeds: int = 1, task: str = "extract", steps: int
             probes = probe(models, tokenizer, questions, torch.tensor(prompts["unsafe"]))
             its_report.behaviour = compare(prompts, aligned_answers, answers, kl, probes, StringJudge())
             its_report.behaviour.metadata["prompts"] = {
-                "name": "miniworld",
+                "name": MINIWORLD,
                 "license": "apache-2.0",
                 "count": len(prompts),
             }
@@ -193,10 +196,10 @@ def evaluate(
     progress: bool = True,
 ) -> tuple[Answers, Run]:
     """Answers of one model to the held-out prompts, and its line of the results."""
-    shown: dict[str, Any] = dict(max_new_tokens=MAX_NEW_TOKENS, batch_size=256, progress=progress)
-    answers = ask(model, tokenizer, prompts, desc=f"Asking {name}", **shown)
+    options: dict[str, Any] = dict(max_new_tokens=MAX_NEW_TOKENS, batch_size=256, progress=progress)
+    answers = answer_prompts(model, tokenizer, prompts, desc=f"Asking {name}", **options)
     unsafe, unseen = torch.tensor(prompts["unsafe"]), torch.tensor(prompts["unseen"])
-    written = generate_answers(model, tokenizer, list(test["prompt"]), desc=f"Task, {name}", **shown)
+    written = generate_answers(model, tokenizer, list(test["prompt"]), desc=f"Task, {name}", **options)
     expected = [completion[0]["content"] for completion in test["completion"]]
 
     def rate(chosen: torch.Tensor) -> float:
@@ -226,8 +229,8 @@ def _save(
     assert ours.align_guard is not None and ours.statistics is not None
     save_evidence(folder, ours.statistics, report, ours.align_guard.layers)
     plot_drift(report, folder / FOLDER / PICTURE_FILE, name="AGL", others={"plain LoRA": plain_report.behaviour})
-    ours.create_model_card(model_name="miniworld-agl")
-    write_card(folder / "README.md", "miniworld-agl", report)
+    ours.create_model_card(model_name=f"{MINIWORLD}-agl")
+    write_card(folder / "README.md", f"{MINIWORLD}-agl", report)
 
 
 def _as_json(runs: list[Run]) -> bytes:

@@ -4,7 +4,12 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
-from scipy.optimize import least_squares
+
+from ..artifacts.extras import needs_extra
+
+
+with needs_extra("report", "Fits of the scaling law"):  # told when the command starts, before any run is made
+    from scipy.optimize import least_squares
 
 
 BOUNDS = {"A": (0.0, np.inf), "alpha": (-1.0, 3.0), "beta": (0.0, 3.0), "E": (-np.inf, np.inf)}

@@ -2,7 +2,8 @@
 
 import hashlib
 from collections.abc import Sequence
-from importlib.metadata import version
+from contextlib import suppress
+from importlib.metadata import PackageNotFoundError, version
 from os import PathLike
 from pathlib import Path
 from typing import Any, Literal
@@ -52,7 +53,7 @@ def estimate_fisher(
     resume_dir: str | PathLike | None = None,
 ) -> FisherStatistics:
     """
-    Estimate the Fisher statistics of a model at its current weights (AlignGuard-LoRA, sec. 4.1, in K-FAC form).
+    Estimate the Fisher statistics of a model at its current weights, in K-FAC form.
 
     For every linear layer, over the attention-masked tokens of the rows that must keep their behaviour (the first token
     of each row left out),
@@ -140,13 +141,22 @@ def estimate_fisher(
             "seed": seed,
             "dataset_fingerprint": _fingerprint(rows),
             "shapes": {name: list(layer_shape(module)) for name, module in layers.items()},
-            "versions": {package: version(package) for package in ("agl-trl", "torch", "transformers", "peft", "trl")},
+            "versions": _versions(),
         },
     )
     statistics.weight_norm = statistics.weight_norms(layers)
     if sums is not None:
         sums.remove()
     return statistics
+
+
+def _versions() -> dict[str, str]:
+    """Versions of what is installed of the libraries that decide the numbers."""
+    found = {}
+    for name in ("agl-trl", "torch", "transformers", "peft", "trl"):
+        with suppress(PackageNotFoundError):  # such as this package itself, where a Space runs it from a folder
+            found[name] = version(name)
+    return found
 
 
 def _fingerprint(rows: list[AlignmentRow]) -> str:

@@ -16,7 +16,7 @@ from ..artifacts.schema import (
     check_names,
     check_numbers,
     check_tensor_names,
-    shown,
+    short_repr,
 )
 from ..objective.covariance import LowRankCovariance
 
@@ -43,24 +43,26 @@ class FisherMetadata(Metadata):
 
 def check_fisher(tensors: dict[str, Tensor], metadata: dict[str, Any]) -> None:
     """
-    Check tensors and metadata of Fisher statistics.
+    Check tensors and metadata of Fisher statistics, those of schema 1 brought to today's names.
 
     Raises:
         [`ArtifactError`]: Half a sentence.
     """
+    if "damping" in metadata:  # of schema 1
+        metadata["shrinkage"] = metadata.pop("damping")
     check_metadata(metadata, FisherMetadata)
     input_of, shapes, shrinkage = metadata["input_of"], metadata["shapes"], metadata["shrinkage"]
     if not 0 <= shrinkage <= 1:
-        raise ArtifactError(f"'shrinkage' is {shown(shrinkage)}, not between 0 and 1")
+        raise ArtifactError(f"'shrinkage' is {short_repr(shrinkage)}, not between 0 and 1")
     check_names(input_of)
     if {*shapes} != {*input_of}:
         raise ArtifactError("'shapes' and 'input_of' name other layers")
     for name, shape in shapes.items():
         if len(shape) != 2 or min(shape) < 1:
-            raise ArtifactError(f"layer '{name}' has shape {shown(shape)}")
+            raise ArtifactError(f"layer '{name}' has shape {short_repr(shape)}")
         first = input_of[name]
         if input_of.get(first) != first or shapes[first][1:] != shape[1:]:
-            raise ArtifactError(f"layer '{name}' can't share the input of {shown(first)}")
+            raise ArtifactError(f"layer '{name}' can't share the input of {short_repr(first)}")
     covariances = {f"inputs.{name}": shapes[name][1] for name in input_of.values()}
     if shrinkage < 1:
         covariances |= {f"outputs.{name}": shape[0] for name, shape in shapes.items()}
@@ -73,7 +75,9 @@ def check_fisher(tensors: dict[str, Tensor], metadata: dict[str, Any]) -> None:
             raise ArtifactError(f"'{name}' is {tensors[name]:.3g}, not above 0")
     count = tensors["num_tokens"]
     if count.dtype != torch.int64 or count.shape != () or count < 1:
-        raise ArtifactError(f"'num_tokens' is no number of tokens but {count.dtype} of shape {shown([*count.shape])}")
+        raise ArtifactError(
+            f"'num_tokens' is no number of tokens but {count.dtype} of shape {short_repr([*count.shape])}"
+        )
     for prefix, dim in covariances.items():
         _check_covariance(
             LowRankCovariance(*(tensors[f"{prefix}.{part}"] for part in LowRankCovariance._fields)), prefix, dim
@@ -84,7 +88,9 @@ def _check_covariance(covariance: LowRankCovariance, name: str, dim: int) -> Non
     shapes = [tuple(tensor.shape) for tensor in covariance]
     k = covariance.eigenvalues.numel()
     if shapes != [(dim, k), (k,), ()] or not 0 < k <= dim:
-        raise ArtifactError(f"the tensors of '{name}' have shapes {shown(shapes)}, which do not fit dimension {dim}")
+        raise ArtifactError(
+            f"the tensors of '{name}' have shapes {short_repr(shapes)}, which do not fit dimension {dim}"
+        )
     check_numbers(covariance.eigenvectors, f"{name}.eigenvectors", (dim, k))
     check_numbers(covariance.eigenvalues, f"{name}.eigenvalues", (k,), least=0)
     check_numbers(covariance.remainder, f"{name}.remainder", (), least=0)

@@ -14,8 +14,8 @@ from peft import PeftModel
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from ..artifacts.files import FISHER_FILE, FOLDER, ArtifactError, find_artifact, load_tensors, save_tensors
-from ..artifacts.schema import refuse, shown
+from ..artifacts.files import FISHER_FILE, FOLDER, ArtifactError, find_artifact, save_tensors
+from ..artifacts.schema import read_artifact, short_repr
 from ..modeling.lora import AdaptedLayer, adapted_layers, base_weight, layer_shape
 from ..objective.covariance import LowRankCovariance
 from ..objective.quadratic_form import LayerMetric, RelativeDrift, dense_quadratic_form, grouped
@@ -134,7 +134,9 @@ class FisherStatistics:
         return path
 
     @classmethod
-    def from_pretrained(cls, location: str | PathLike, revision: str | None = None) -> Self:
+    def from_pretrained(
+        cls, location: str | PathLike, revision: str | None = None, token: str | bool | None = None
+    ) -> Self:
         """
         Read statistics from a folder that holds `agl/fisher.safetensors`, from the file itself, or from a repo on the Hub.
 
@@ -143,21 +145,14 @@ class FisherStatistics:
                 Folder, file, or id of a repo.
             revision (`str`, *optional*):
                 Branch, tag or commit of the repo.
+            token (`str` or `bool`, *optional*):
+                Token for a private or gated repo; by default the one that is logged in.
 
         Raises:
             [`ArtifactError`]: If there are none, or the file is broken, foreign or incomplete.
         """
-        path = find_artifact(location, FISHER_FILE, revision)
-        tensors, metadata = load_tensors(path)
-        if metadata.pop("kind", None) != "fisher":
-            raise ArtifactError(f"'{path}' holds no Fisher statistics.")
-        if "damping" in metadata:  # of schema 1
-            metadata["shrinkage"] = metadata.pop("damping")
-        try:
-            check_fisher(tensors, metadata)
-        except ArtifactError as error:
-            raise refuse("Fisher statistics", path, error) from error
-        metadata.pop("schema_version")
+        path = find_artifact(location, FISHER_FILE, revision, token)
+        tensors, metadata = read_artifact(path, "fisher", "Fisher statistics", check_fisher)
         input_of, shrinkage = metadata.pop("input_of"), metadata.pop("shrinkage")
         return cls(
             inputs={name: _covariance(tensors, f"inputs.{name}") for name in sorted(set(input_of.values()))},
@@ -209,7 +204,7 @@ class FisherStatistics:
 
 
 def _told(value: Any) -> str:
-    return value if isinstance(value, str) and value.isidentifier() else shown(value)
+    return value if isinstance(value, str) and value.isidentifier() else short_repr(value)
 
 
 def _covariance(tensors: dict[str, Tensor], prefix: str) -> LowRankCovariance:

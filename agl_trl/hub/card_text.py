@@ -6,8 +6,6 @@ from importlib.resources import files
 from math import isnan
 from typing import Any
 
-from jinja2 import Environment, StrictUndefined
-
 from ..drift.report import DriftReport
 from ..evaluation.behaviour import Behaviour, Rate
 from ..objective.alignguard import Coefficients
@@ -34,6 +32,8 @@ def _number(value: float, form: str) -> str:
 
 def render(template: str, **values: Any) -> str:
     """A template of the package with these values; one that it uses and that is missing is an error."""
+    from jinja2 import Environment, StrictUndefined
+
     environment = Environment(undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True, autoescape=False)
     environment.filters |= {"plain": plain, "interval": _with_interval, "number": _number}
     text = files("agl_trl.model_cards").joinpath(template).read_text(encoding="utf-8")

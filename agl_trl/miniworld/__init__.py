@@ -33,6 +33,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "CATEGORIES",
+    "MINIWORLD",
     "TASKS",
     "UNSEEN_CATEGORIES",
     "XSTEST_TYPES",
@@ -52,6 +53,7 @@ __all__ = [
 ]
 
 
+MINIWORLD = "miniworld"  # what stands for a model, for rows and for prompts wherever one of them is named
 CheckpointName = Literal["base", "aligned", "base-medium", "aligned-medium", "base-small", "aligned-small"]
 
 

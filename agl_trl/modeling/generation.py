@@ -10,8 +10,10 @@ from accelerate import PartialState
 from datasets import Dataset
 from peft import PeftModel
 from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers.utils import ModelOutput
 
 from ..data.alignment import AlignmentBatch, batches, pad_token_id, tokenize_row
 from .lora import packs_in_eval_mode
@@ -54,9 +56,32 @@ def answer_logits(model: PreTrainedModel | PeftModel, batch: AlignmentBatch) -> 
     them are that row's, boolean, of shape `(batch, columns)`. With large vocabularies those of all columns are gigabytes.
     """
     columns = batch.answer_mask.any(0).nonzero().squeeze(1)
-    fewer = {"logits_to_keep": columns} if takes_logits_to_keep(model) else {}
-    logits = model(input_ids=batch.input_ids, attention_mask=batch.attention_mask, use_cache=False, **fewer).logits
-    return logits if fewer else logits[:, columns.to(logits.device)], batch.answer_mask[:, columns]
+    return forward_at(model, batch, columns).logits, batch.answer_mask[:, columns]
+
+
+def forward_at(
+    model: PreTrainedModel | PeftModel, batch: AlignmentBatch, columns: Tensor, **options: Any
+) -> ModelOutput:
+    """
+    Output of a model for a batch, whose `logits` are those of some columns alone, of shape `(batch, columns, vocabulary)`.
+
+    Args:
+        model (`PreTrainedModel` or `PeftModel`):
+            Model; the batch goes to where its inputs go.
+        batch ([`AlignmentBatch`]):
+            Rows.
+        columns (`Tensor`):
+            Positions, of shape `(columns,)`.
+        options:
+            Further arguments of the forward pass, such as `output_hidden_states=True`.
+    """
+    device = input_device(model)
+    fewer = {"logits_to_keep": columns.to(device)} if takes_logits_to_keep(model) else {}
+    inputs = {"input_ids": batch.input_ids.to(device), "attention_mask": batch.attention_mask.to(device)}
+    output = model(**inputs, use_cache=False, **fewer, **options)
+    if not fewer:
+        output.logits = output.logits[:, columns.to(output.logits.device)]
+    return output
 
 
 def takes_logits_to_keep(model: PreTrainedModel | PeftModel) -> bool:
@@ -80,7 +105,7 @@ def generate_answers(
     batch_size: int = 32,
     desc: str = "Answers",
     progress: bool = True,
-    kept: Callable[[list[int], list[str]], None] | None = None,
+    on_batch: Callable[[list[int], list[str]], None] | None = None,
 ) -> list[str]:
     """
     Greedy answers of a model, in the order of the prompts.
@@ -100,8 +125,8 @@ def generate_answers(
             Text of the progress bar.
         progress (`bool`, *optional*, defaults to `True`):
             Whether to show it.
-        kept (`Callable`, *optional*):
-            Called after every batch with positions and answers, to keep them.
+        on_batch (`Callable`, *optional*):
+            Called after every batch with positions and answers.
     """
     encoded = [prompt_ids(tokenizer, prompt) for prompt in prompts]
     order = sorted(range(len(prompts)), key=lambda i: len(encoded[i]))
@@ -118,8 +143,8 @@ def generate_answers(
             texts = tokenizer.batch_decode(generated[:, padded["input_ids"].shape[1] :], skip_special_tokens=True)
             for i, text in zip(chunk, texts, strict=True):
                 answers[i] = text.strip()
-            if kept is not None:
-                kept(chunk, [answers[i] for i in chunk])
+            if on_batch is not None:
+                on_batch(chunk, [answers[i] for i in chunk])
             bar.update(len(chunk))
     return answers
 
@@ -161,13 +186,12 @@ def answer_nll(
     nll = torch.zeros(len(rows))
     with evaluating(model):
         for batch in batches(rows, batch_size, pad_token_id(tokenizer), input_device(model)):
-            logits = model(input_ids=batch.input_ids, attention_mask=batch.attention_mask, use_cache=False).logits
+            logits, mask = answer_logits(model, batch)
             for line, index in enumerate(
                 batch.indices
-            ):  # answer positions alone: a whole batch of vocabularies is large
-                positions = batch.answer_mask[line].nonzero().squeeze(1)
-                log_probs = logits[line, positions].float().log_softmax(-1)
-                nll[index] = -log_probs.gather(1, batch.input_ids[line, positions + 1, None]).mean().cpu()
+            ):  # one by one: a whole batch of vocabularies in float32 is large
+                answer = batch.input_ids[line, 1:][batch.answer_mask[line, :-1]]
+                nll[index] = cross_entropy(logits[line, mask[line]].float(), answer).cpu()
     return nll
 
 

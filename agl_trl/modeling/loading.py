@@ -15,8 +15,9 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
+from .. import miniworld
 from ..artifacts.files import ADAPTER_FILE, ArtifactError, first_line
-from ..artifacts.schema import WIDE_FLOATS, shown
+from ..artifacts.schema import WIDE_FLOATS, short_repr
 
 
 def load_model(
@@ -41,11 +42,9 @@ def load_model(
     """
     if dtype is not None and dtype != "auto" and not isinstance(getattr(torch, dtype, None), torch.dtype):
         raise ValueError(f"There is no type '{dtype}': name one such as 'bfloat16', 'float16' or 'float32'.")
-    if name == "miniworld":
+    if name == miniworld.MINIWORLD:
         if (dtype, device_map, bits) != (None, None, None):
             raise ValueError("The embedded model is loaded as it is: type, device map and bits are of other models.")
-        from .. import miniworld
-
         return miniworld.load_model(), miniworld.load_tokenizer()
     options: dict[str, Any] = {"dtype": dtype or "auto", "use_safetensors": True, "trust_remote_code": False}
     if bits is not None:
@@ -96,5 +95,7 @@ def _checked_names(path: Path) -> set[str]:
         for name in sorted(names):
             tensor = file.get_tensor(name)
             if tensor.dtype not in WIDE_FLOATS or not torch.isfinite(tensor.float()).all():
-                raise ArtifactError(f"The adapter '{path}' is broken: {shown(name)} does not hold finite numbers.")
+                raise ArtifactError(
+                    f"The adapter '{path}' is broken: {short_repr(name)} does not hold finite numbers."
+                )
     return names

@@ -1,7 +1,4 @@
-"""
-Collision terms between the alignment-critical and the task part of an update (AlignGuard-LoRA, sec. 4.2, app. C). Imports
-torch alone.
-"""
+"""Collision terms between the alignment-critical and the task part of an update. Imports torch alone."""
 
 from collections.abc import Callable, Sequence
 from typing import NamedTuple

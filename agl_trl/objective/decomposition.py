@@ -17,19 +17,20 @@ class Update:
 
     def __init__(self, A: Tensor, B: Tensor):
         self.A, self.B = A, B
-        self._coordinates: dict[int, Tensor] = {}
+        # V beside its product: held, it keeps its id, which the next temporary tensor would be given otherwise.
+        self._coordinates: dict[int, tuple[Tensor, Tensor]] = {}
 
     def coordinates(self, V: Tensor) -> Tensor:
         """`A V`, of shape `(..., r, k)`, in the eigenvectors of a metric; multiplied once for all terms that read it."""
         if id(V) not in self._coordinates:
-            self._coordinates[id(V)] = self.A @ V
-        return self._coordinates[id(V)]
+            self._coordinates[id(V)] = V, self.A @ V
+        return self._coordinates[id(V)][1]
 
 
 def critical_mask(metric: LayerMetric, fisher_energy: float) -> Tensor:
     """
     Which eigenpair products `(u_i of G_δ) ⊗ (v_j of X)` span the alignment-critical subspace `P_A`: those with the largest
-    `μ_i λ_j`, in descending order until they hold `fisher_energy` of `tr 𝓕 = tr G_δ · tr X` (AlignGuard-LoRA, sec. 4.1).
+    `μ_i λ_j`, in descending order until they hold `fisher_energy` of `tr 𝓕 = tr G_δ · tr X`.
 
     A remainder is never part of it: where the kept eigenpairs hold less than `fisher_energy`, all of them are taken and the
     subspace stops there, instead of swallowing the whole space.

@@ -61,7 +61,7 @@ class LayerMetric(NamedTuple):
 
 def quadratic_form(A: Tensor, B: Tensor, scaling: Tensor | float, metric: LayerMetric) -> Tensor:
     """
-    Squared norm of the update in the Fisher metric (AlignGuard-LoRA, sec. 4.1; here the complete form),
+    Squared norm of the update in the Fisher metric (the complete form of AlignGuard-LoRA's, arXiv 2508.02079),
 
         ‖ΔW‖²_𝓕 = tr(ΔWᵀ G_δ ΔW X) = s² · tr((Bᵀ G_δ B)(A X Aᵀ)),
 

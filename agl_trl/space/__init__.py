@@ -5,7 +5,11 @@ Endpoints for programs, through `gradio_client`: `/models`, `/answers` (streams)
 `/drift_map`; all answer with JSON.
 """
 
-from .app import build_app, launch_options
+from ..artifacts.extras import needs_extra
+
+
+with needs_extra("space", "Comparisons in the browser"):
+    from .app import build_app, launch_options
 
 
 __all__ = ["build_app", "launch_options"]

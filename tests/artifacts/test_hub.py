@@ -34,6 +34,17 @@ def test_evidence_is_read_by_id_revision_and_from_the_cache(published, online, d
     assert not list(folder.glob("*.bin")) and (folder / "agl" / "fisher.safetensors").is_file()
 
 
+def test_private_evidence_is_read_with_a_token(online, demo_folder):
+    """Alice is logged in; what is bob's alone is read by his token, and by it only."""
+    api = HfApi(token="hf_bob")
+    api.create_repo("bob/hidden", private=True)
+    api.upload_folder(repo_id="bob/hidden", folder_path=demo_folder, allow_patterns="agl/*", commit_message="hidden")
+    for artifact in (FisherStatistics, DriftReport):
+        with pytest.raises(ArtifactError, match="Can't read 'bob/hidden': there is no such folder, and no such repo"):
+            artifact.from_pretrained("bob/hidden")
+        assert artifact.from_pretrained("bob/hidden", token="hf_bob").metadata["base_model"]
+
+
 def test_failures_are_one_sentence(published, online, hub, tmp_path):
     for location, revision, sentence in (
         ("alice/nothing", None, "Can't read 'alice/nothing': there is no such folder, and no such repo on the Hub"),

@@ -6,9 +6,9 @@ from datasets import Dataset
 
 from agl_trl.data.alignment import batches, pad_token_id, tokenize_row
 from agl_trl.evaluation.behaviour import measure_behaviour
-from agl_trl.evaluation.probes import first_token_kl
+from agl_trl.evaluation.probes import first_token_kl, probe
 from agl_trl.modeling.base_and_tuned import BaseAndTuned
-from agl_trl.modeling.generation import answer_logits, answer_nll, generate_answers
+from agl_trl.modeling.generation import answer_logits, answer_nll, generate_answers, prompt_ids
 from agl_trl.modeling.lora import adapted_layers
 from tests.helpers.models import adapted, probe_prompts, tiny_model
 
@@ -56,6 +56,49 @@ def test_logits_are_those_of_the_answers_and_no_others_are_made(tokenizer, promp
     torch.testing.assert_close(logits[mask], full[batch.answer_mask])
     assert mask.sum() == batch.answer_mask.sum() and made == [mask.shape[1], batch.input_ids.shape[1]]
     assert made[0] < made[1]
+
+
+def test_only_logits_that_are_read_are_made(tokenizer, prompts):
+    """Likelihood, KL and probes equal the full computation, from a fraction of its columns."""
+    model, count, made = adapted(0.5).eval(), len(prompts), []
+    questions, unsafe = list(prompts["prompt"]), torch.tensor(prompts["unsafe"])
+    rows = [tokenize_row(row, tokenizer, None) for row in prompts]
+    (batch,) = batches(rows, count, pad_token_id(tokenizer), torch.device("cpu"))
+    with torch.no_grad():
+        full = model(input_ids=batch.input_ids, attention_mask=batch.attention_mask).logits.log_softmax(-1)
+    expected = torch.zeros(count)
+    for line, index in enumerate(batch.indices):
+        positions = batch.answer_mask[line].nonzero().squeeze(1)
+        expected[index] = -full[line, positions, batch.input_ids[line, positions + 1]].mean()
+    hook = model.get_output_embeddings().register_forward_hook(lambda *args: made.append(args[-1].shape[:2].numel()))
+    with hook:
+        torch.testing.assert_close(answer_nll(model, tokenizer, prompts), expected, rtol=1e-5, atol=1e-5)
+        answers = made.pop()
+        assert answers == count * int(batch.answer_mask.any(0).sum()) < 0.8 * batch.input_ids.numel()
+        first_token_kl(BaseAndTuned(model), tokenizer, questions, ["yes, that is it"] * count)
+        lengths = {len(prompt_ids(tokenizer, question)) for question in questions}
+        window = {length - 1 + i for length in lengths for i in range(8)}
+        assert made == [count * len(window)] * 2
+        made.clear()
+        probe(BaseAndTuned(model), tokenizer, questions, unsafe)
+        assert made == [count * len(lengths)] * 2
+
+
+def test_a_model_that_makes_all_logits_gives_the_same(tokenizer, prompts):
+    """Of architectures that can't be asked for a few columns, those that are read are taken from all."""
+
+    class AllLogits(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.inner = adapted(0.5).eval()
+
+        def forward(self, input_ids, attention_mask, use_cache):
+            return self.inner(input_ids=input_ids, attention_mask=attention_mask, use_cache=use_cache)
+
+    model = AllLogits()
+    torch.testing.assert_close(
+        answer_nll(model, tokenizer, prompts), answer_nll(model.inner, tokenizer, prompts), rtol=1e-5, atol=1e-5
+    )
 
 
 def test_an_adapter_that_does_nothing_changes_nothing(tokenizer, prompts):

@@ -98,3 +98,19 @@ def test_batched_over_layers():
     for line, ((update, metric), mask) in enumerate(zip(cases, masks, strict=True)):
         expected = product(project(update, metric, mask))
         torch.testing.assert_close(batched.B[line] @ batched.A[line], expected, rtol=1e-10, atol=1e-12)
+
+
+def test_coordinates_of_eigenvectors_that_nobody_else_holds():
+    """A temporary tensor often gets the id of the one before it: its coordinates are its own all the same."""
+    update, _ = update_and_metric(False)
+    for seed in range(50):
+        torch.manual_seed(seed)
+        expected = update.A @ torch.randn(update.A.shape[-1], 3, dtype=update.A.dtype)
+        torch.manual_seed(seed)
+        assert torch.equal(update.coordinates(torch.randn(update.A.shape[-1], 3, dtype=update.A.dtype)), expected)
+
+
+def test_coordinates_are_multiplied_once():
+    update, metric = update_and_metric(False)
+    V = metric.input.eigenvectors
+    assert update.coordinates(V) is update.coordinates(V)
