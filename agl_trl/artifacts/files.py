@@ -3,7 +3,6 @@
 import hashlib
 import json
 import os
-import re
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
@@ -14,12 +13,14 @@ from huggingface_hub import hf_hub_download, snapshot_download
 from huggingface_hub.errors import (
     GatedRepoError,
     HfHubHTTPError,
+    HFValidationError,
     LocalEntryNotFoundError,
     OfflineModeIsEnabled,
     RemoteEntryNotFoundError,
     RepositoryNotFoundError,
     RevisionNotFoundError,
 )
+from huggingface_hub.utils import validate_repo_id
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
@@ -34,7 +35,6 @@ FOLDER = "agl"  # next to it
 FISHER_FILE = "fisher.safetensors"
 DRIFT_FILE = "drift.safetensors"
 PICTURE_FILE = "drift.png"
-REPO_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 
 
 class ArtifactError(ValueError):
@@ -64,7 +64,7 @@ def write_atomically(path: Path, content: bytes) -> None:
     except OSError as error:
         if temporary is not None:
             Path(temporary).unlink(missing_ok=True)
-        raise OSError(error.errno, f"Cannot write '{path}': {error.strerror or error}.") from error
+        raise OSError(error.errno, f"Cannot write '{path}': {error.strerror or first_line(error)}.") from error
 
 
 def save_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, Any]) -> None:
@@ -94,7 +94,7 @@ def save_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, Any
             temporary.chmod(0o644)
             os.replace(temporary, path)
     except (OSError, SafetensorError) as error:
-        reason = error.strerror if isinstance(error, OSError) and error.strerror else error
+        reason = (isinstance(error, OSError) and error.strerror) or first_line(error)
         raise OSError(f"Cannot write '{path}': {reason}.") from error
 
 
@@ -170,10 +170,32 @@ def content_sha256(tensors: dict[str, Tensor], metadata: dict[str, Any]) -> str:
     return digest.hexdigest()
 
 
-def first_line(error: Exception) -> str:
+def first_line(error: BaseException) -> str:
     """What a library says, as it may stand in a sentence of ours: one line, short, without its full stop."""
-    lines = str(error).splitlines() or [type(error).__name__]
-    return lines[0][:LONGEST_REASON].rstrip(".: ")
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return (lines or [type(error).__name__])[0][:LONGEST_REASON].rstrip(".: ")
+
+
+def hub_id(name: Any, *, with_owner: bool = False) -> str | None:
+    """
+    A name, if a repo on the Hub could have it as its id.
+
+    Args:
+        name (`Any`):
+            What may be an id, a path, or nothing at all.
+        with_owner (`bool`, *optional*, defaults to `False`):
+            Whether only an id such as `user/name` counts, as all repos but a few early ones have it.
+
+    Returns:
+        `str`, *optional*: The name, or none for what can't be an id. A folder of this name may be there all the same.
+    """
+    if not isinstance(name, str) or not name.isascii() or (with_owner and "/" not in name):
+        return None
+    try:
+        validate_repo_id(name)
+    except HFValidationError:
+        return None
+    return name
 
 
 def find_artifact(location: str | os.PathLike, name: str, revision: str | None = None) -> Path:
@@ -197,7 +219,7 @@ def find_artifact(location: str | os.PathLike, name: str, revision: str | None =
     for candidate in candidates:
         if candidate.is_file():
             return candidate
-    if path.exists() or not REPO_ID.fullmatch(str(location)):
+    if path.exists() or hub_id(str(location), with_owner=True) is None:
         raise ArtifactError(f"Found no '{FOLDER}/{name}' in '{location}'.")
     return Path(from_hub(hf_hub_download, str(location), f"{FOLDER}/{name}", revision=revision))
 
@@ -210,7 +232,7 @@ def adapter_folder(location: str | os.PathLike, revision: str | None = None) -> 
         [`ArtifactError`]: If there is none.
     """
     path = Path(location)
-    if not path.exists() and REPO_ID.fullmatch(str(location)):
+    if not path.exists() and hub_id(str(location), with_owner=True) is not None:
         patterns = ["adapter_config.json", ADAPTER_FILE, f"{FOLDER}/*", "README.md"]
         path = Path(from_hub(snapshot_download, str(location), revision=revision, allow_patterns=patterns))
     if not (path / ADAPTER_FILE).is_file():

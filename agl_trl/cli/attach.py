@@ -7,7 +7,7 @@ from pathlib import Path
 
 import typer
 
-from ..artifacts.files import FISHER_FILE, FOLDER, REPO_ID, adapter_folder
+from ..artifacts.files import FISHER_FILE, FOLDER, adapter_folder
 from ..drift.report import DriftReport
 from ..fisher.statistics import FisherStatistics
 from ..hub.model_card import attach_card
@@ -49,13 +49,11 @@ def attach(
         measured = DriftReport.from_pretrained(folder)
         published = (folder / FOLDER / FISHER_FILE).is_file()
         repo_id = adapter if from_hub else None
-        base_model = base if REPO_ID.fullmatch(base) and not Path(base).exists() else None
         name = adapter.rstrip("/").split("/")[-1]
         attach_card(
             folder / "README.md",
             name,
             measured,
-            base_model=base_model,
             repo_id=repo_id,
             statistics_published=published,
         )

@@ -5,7 +5,7 @@ from pathlib import Path
 import typer
 from huggingface_hub import HfApi
 
-from ..artifacts.files import FISHER_FILE, FOLDER, REPO_ID
+from ..artifacts.files import FISHER_FILE, FOLDER, hub_id
 from ..data.alignment import READERS, is_prompt_only, load_rows, select_rows, tokenize_row
 from ..fisher.cost import fisher_cost, seconds_by_trial
 from ..fisher.estimate import FisherType, estimate_fisher
@@ -129,4 +129,4 @@ def dataset_id(name: str) -> str | None:
     """Name of a dataset that others know: an id on the Hub or an embedded set, never a file of this machine."""
     if Path(name).exists() or Path(name).suffix in READERS:
         return None
-    return name if "/" not in name or REPO_ID.fullmatch(name) else None
+    return hub_id(name)

@@ -9,7 +9,7 @@ from pathlib import Path
 import typer
 from huggingface_hub import HfApi
 
-from ..artifacts.files import REPO_ID
+from ..artifacts.files import hub_id
 from ..hub.push import FAILURES, PushError, create_repo, push_folder, reason
 
 
@@ -48,7 +48,7 @@ def deploy(
         [`PushError`]: If the Hub refuses; a Space that was there keeps its files.
     """
     for name in (base, adapter):
-        if name and name != "miniworld" and (not REPO_ID.fullmatch(name) or Path(name).exists()):
+        if name and name != "miniworld" and (not hub_id(name, with_owner=True) or Path(name).exists()):
             raise ValueError(
                 f"A Space can't read '{name}' from this machine: push it and give its id, such as user/name."
             )

@@ -8,12 +8,11 @@ from typing import Any, Self
 
 import yaml
 from huggingface_hub import EvalResult
-from huggingface_hub.errors import HFValidationError
 from huggingface_hub.repocard import REGEX_YAML_BLOCK
 from huggingface_hub.repocard_data import eval_results_to_model_index
-from huggingface_hub.utils import validate_repo_id, yaml_dump
+from huggingface_hub.utils import yaml_dump
 
-from ..artifacts.files import write_atomically
+from ..artifacts.files import hub_id, write_atomically
 from ..data.prompts import SETS
 from ..drift.report import DriftReport
 from ..evaluation.behaviour import Behaviour
@@ -36,17 +35,6 @@ def without_folder(name: str) -> str:
     """A name as it is, or the last part of an absolute path: no path of a machine in a card."""
     if PurePosixPath(name).is_absolute() or PureWindowsPath(name).is_absolute():
         return PureWindowsPath(name).name
-    return name
-
-
-def hub_id(name: Any) -> str | None:
-    """The id of a repo on the Hub, if it looks like one; none for a path and for no name."""
-    if not isinstance(name, str) or not name.isascii():
-        return None
-    try:
-        validate_repo_id(name)
-    except HFValidationError:
-        return None
     return name
 
 

@@ -5,13 +5,13 @@ from pathlib import Path
 
 from huggingface_hub import ModelCard, ModelCardData
 
+from ..artifacts.files import hub_id
 from ..drift.report import DriftReport
 from ..fisher.statistics import FisherStatistics
 from .card_metadata import (
     Readme,
     adapter_metadata,
     attached_metadata,
-    hub_id,
     statistics_metadata,
     without_folder,
 )

@@ -9,7 +9,7 @@ import httpx2
 from huggingface_hub import CommitInfo, CommitOperationAdd, CommitOperationDelete, HfApi
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, OfflineModeIsEnabled, RepositoryNotFoundError
 
-from ..artifacts.files import ADAPTER_FILE, DRIFT_FILE, FISHER_FILE, FOLDER, sha256
+from ..artifacts.files import ADAPTER_FILE, DRIFT_FILE, FISHER_FILE, FOLDER, first_line, sha256
 from ..drift.report import DriftReport
 from .model_card import attach_card
 
@@ -43,7 +43,7 @@ def reason(error: Exception) -> str:
         return "offline mode is on (HF_HUB_OFFLINE)"
     if isinstance(error, httpx2.HTTPError | ConnectionError):
         return f"the Hub could not be reached or dropped the connection ({type(error).__name__})"
-    return str(error).splitlines()[0].rstrip(".") if str(error) else type(error).__name__
+    return first_line(error)
 
 
 FAILURES = (HfHubHTTPError, HFValidationError, httpx2.HTTPError, ValueError, OSError)

@@ -15,6 +15,7 @@ from ..artifacts.files import ADAPTER_FILE, FOLDER, PICTURE_FILE, sha256
 from ..drift.plots import plot_drift
 from ..drift.report import DriftReport
 from ..fisher.statistics import FisherStatistics
+from ..hub.card_metadata import TAG
 from ..hub.model_card import declared_license, write_card
 from ..hub.push import FAILURES, PushError, files_to_push, push_folder, reason, stage
 from ..modeling.lora import AdaptedLayer
@@ -38,7 +39,7 @@ class SavingMixin(_Parent):
 
     args: AGLConfigMixin
     statistics: FisherStatistics | None
-    _AGL_TAG = "alignguard-lora"
+    _AGL_TAG = TAG
     _reference_adapter: ClassVar[str | None] = None  # an adapter that is never saved
     _guarded: list[AdaptedLayer]
     _report: DriftReport | None  # the last one
