@@ -11,7 +11,7 @@ from ..fisher.cost import fisher_cost, seconds_by_trial
 from ..fisher.estimate import FisherType, estimate_fisher
 from ..fisher.statistics import FisherStatistics
 from ..hub.model_card import write_statistics_card
-from ..hub.push import FAILURES, PushError, create_repo, push_folder, reason
+from ..hub.push import FAILURES, PushError, create_repo, push_folder
 from ..modeling.loading import load_model
 
 
@@ -110,7 +110,7 @@ def statistics_repo(name: str, private: bool) -> str:
         api.auth_check(repo_id, write=True)  # of a repo that was there already
         there = api.list_repo_files(repo_id)
     except FAILURES as error:
-        raise PushError(f"Can't write to '{repo_id}': {reason(error)}.") from error
+        raise PushError.because(f"Can't write to '{repo_id}'", error) from error
     if models := sorted(file for file in there if Path(file).name in MODEL_FILES):
         raise PushError(
             f"'{repo_id}' holds a model ('{models[0]}'), whose card this would replace: name another repo."

@@ -3,6 +3,7 @@
 import os
 import shutil
 import tempfile
+from http import HTTPStatus
 from importlib.resources import files
 from pathlib import Path
 
@@ -10,7 +11,7 @@ import typer
 from huggingface_hub import HfApi
 
 from ..artifacts.files import hub_id
-from ..hub.push import FAILURES, PushError, create_repo, push_folder, reason
+from ..hub.push import FAILURES, PushError, create_repo, push_folder
 
 
 TEMPLATE = "agl_trl.space_template"  # spaces/refusal_comparison of the repository
@@ -59,9 +60,9 @@ def deploy(
             repo_id, private=private or None, repo_type="space", space_sdk="gradio", space_hardware=hardware
         )
     except PushError as error:
-        if "paid plan" in str(error):
-            raise PushError(f"Can't create the Space '{repo_id}': {UPGRADE}.") from error
-        raise
+        if error.status != HTTPStatus.PAYMENT_REQUIRED:
+            raise
+        raise PushError(f"Can't create the Space '{repo_id}': {UPGRADE}.", error.status) from error
     with tempfile.TemporaryDirectory() as folder:
         write_space(Path(folder), [name for name in (base, adapter) if name and name != "miniworld"])
         _set_variables(repo_id, {"BASE_MODEL": base, "ADAPTER": adapter})
@@ -96,4 +97,4 @@ def _set_variables(repo_id: str, wanted: dict[str, str | None]) -> None:
             elif not value and name in found:  # of an earlier push, and no longer meant
                 api.delete_space_variable(repo_id, name)
     except FAILURES as error:
-        raise PushError(f"Can't set the variables of the Space '{repo_id}': {reason(error)}.") from error
+        raise PushError.because(f"Can't set the variables of the Space '{repo_id}'", error) from error

@@ -61,7 +61,7 @@ def test_refusals_of_the_hub_are_one_sentence(hub, online, status, endpoint, sai
     with pytest.raises(PushError) as error:
         deploy(SPACE, None, "alice/adapter")
     assert said in str(error.value) and SPACE in str(error.value) and "\n" not in str(error.value)
-    assert hub.token not in str(error.value)
+    assert hub.token not in str(error.value) and error.value.status == status
     if endpoint != "create":
         assert len(hub.repo(SPACE, "spaces").history()) == 1
 
