@@ -3,18 +3,15 @@
 import os
 import subprocess
 import sys
-from importlib.resources import files
 from pathlib import Path
 
 import pytest
 from huggingface_hub import ModelCard, ModelCardData
-from jinja2 import UndefinedError
 from peft import LoraConfig, get_peft_model
 
 from agl_trl.drift.report import DriftReport
 from agl_trl.fisher.statistics import FisherStatistics
 from agl_trl.hub.card_metadata import one_line
-from agl_trl.hub.card_text import plain, render
 from agl_trl.hub.model_card import BEGIN, END, attach_card, declared_license, write_card, write_statistics_card
 from tests.helpers.models import tiny_model
 from tests.helpers.render_sample_card import SAMPLE, TRL_CARD, made_up_behaviour, made_up_report
@@ -184,7 +181,6 @@ def test_names_of_others_break_nothing(tmp_path):
     assert row.replace("\\|", "").count("|") == 6
     assert one_line(HOSTILE) in {result.dataset_name for result in card.data.eval_results}
     assert written(tmp_path, once, report=report, name=f"{HOSTILE}## Training procedure")[1] == once
-    assert plain("illegal_goods") == "illegal_goods" and plain("a\u202eb\x00c") == "abc"
     with pytest.raises(ValueError, match="not the id of a repo"):
         write_card(tmp_path / "README.md", "n", report, repo_id='x")\nimport os')
 
@@ -245,13 +241,6 @@ def test_broken_cards_are_refused_in_one_sentence_and_left_as_they_are(broken, t
     with pytest.raises(ValueError, match="README.md") as failure:
         attach_card(path, "n", made_up_report())
     assert "\n" not in str(failure.value) and str(failure.value).endswith(".") and path.read_bytes() == before
-
-
-def test_a_missing_value_is_an_error_and_templates_are_in_the_package():
-    with pytest.raises(UndefinedError):
-        render("statistics.md.jinja", name="n")
-    for name in ("adapter", "citation", "evidence", "statistics"):
-        assert files("agl_trl.model_cards").joinpath(f"{name}.md.jinja").is_file()
 
 
 def test_cards_of_the_demo(demo_folder, tmp_path):
