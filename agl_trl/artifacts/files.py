@@ -5,6 +5,7 @@ import json
 import os
 import tempfile
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -65,6 +66,30 @@ def write_atomically(path: Path, content: bytes) -> None:
         if temporary is not None:
             Path(temporary).unlink(missing_ok=True)
         raise OSError(error.errno, f"Cannot write '{path}': {error.strerror or first_line(error)}.") from error
+
+
+def check_writable(folder: Path) -> None:
+    """
+    Check that a file can be written to a folder, before there is anything to write. Nothing is left behind: a folder that
+    is not there is made and removed again.
+
+    Raises:
+        `OSError`: With one sentence naming folder and reason.
+    """
+    made = []
+    try:
+        made = [place for place in (folder, *folder.parents) if not place.exists()]
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise OSError(
+            error.errno, f"Cannot write to the folder '{folder}': {error.strerror or first_line(error)}."
+        ) from error
+    finally:
+        for place in made:
+            with suppress(OSError):  # it was not made after all, or somebody else uses it by now
+                place.rmdir()
 
 
 def save_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, Any]) -> None:

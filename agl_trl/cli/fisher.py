@@ -5,7 +5,7 @@ from pathlib import Path
 import typer
 from huggingface_hub import HfApi
 
-from ..artifacts.files import FISHER_FILE, FOLDER, hub_id
+from ..artifacts.files import FISHER_FILE, FOLDER, check_writable, hub_id
 from ..data.alignment import READERS, is_prompt_only, load_rows, select_rows, tokenize_row
 from ..fisher.cost import fisher_cost, seconds_by_trial
 from ..fisher.estimate import FisherType, estimate_fisher
@@ -20,6 +20,7 @@ MODEL_FILES = ("config.json", "adapter_config.json")
 
 
 def fisher(
+    *,
     model: str,
     dataset: str,
     output_dir: Path | None,
@@ -39,15 +40,35 @@ def fisher(
     Say what it will take, estimate, save, and push where asked to: a repo that holds the statistics and their card.
     Interrupted, the same command goes on where it stopped.
 
+    Args:
+        model (`str`):
+            Folder or Hub id of the model, or `"miniworld"`.
+        dataset (`str`):
+            Alignment rows, as [`load_rows`] takes them.
+        output_dir (`Path`, *optional*):
+            Folder of the statistics; by default one of the name of the repo, in `outputs`.
+        push (`str`, *optional*):
+            Repo on the Hub for statistics and card.
+        private (`bool`):
+            Whether a repo that has to be created is private.
+        dtype, device_map, bits:
+            As in [`load_model`].
+        fisher_type, shrinkage, rank, num_samples, batch_size, seed:
+            As in [`estimate_fisher`].
+
     Raises:
-        `ValueError`: If model or rows can't be read.
+        `ValueError`: If the arguments contradict each other, or model or rows can't be read.
+        `OSError`: If the folder can't be written.
         [`PushError`]: If the repo can't be written; told before the pass where the Hub says so by then.
     """
+    if bits not in (None, 4, 8):
+        raise ValueError(f"`--bits` must be 4 or 8, got {bits}.")
     if output_dir is None:
         if push is None:
             raise ValueError("Say where the statistics go: `--output-dir`, `--push`, or both.")
         output_dir = Path("outputs") / push.split("/")[-1]
-    repo_id = None if push is None else statistics_repo(push, private)
+    check_writable(output_dir)
+    repo_id = None if push is None else statistics_repo(push, private=private)
     selected = select_rows(load_rows(dataset), num_samples, seed)
     loaded, tokenizer = load_model(model, dtype=dtype, device_map=device_map, bits=bits)
     plan = fisher_cost(loaded, rank=rank, shrinkage=shrinkage)
@@ -97,7 +118,7 @@ def fisher(
         typer.echo(push_statistics(statistics, output_dir, repo_id))
 
 
-def statistics_repo(name: str, private: bool) -> str:
+def statistics_repo(name: str, *, private: bool) -> str:
     """
     Make sure that there is a repo for statistics, which this account may write. Returns its full id.
 

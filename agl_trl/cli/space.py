@@ -22,9 +22,17 @@ LEFT_OUT = ("__pycache__", "base", "base-*", "aligned-*")
 UPGRADE = "creating Gradio Spaces on free CPU hardware needs a paid plan; free accounts may have ZeroGPU ones: `--hardware zero-a10g`"
 
 
-def serve(base: str | None, adapter: str | None, port: int | None) -> None:
+def serve(*, base: str | None, adapter: str | None, port: int | None) -> None:
     """
     Run the app on this machine until it is interrupted.
+
+    Args:
+        base (`str`, *optional*):
+            Folder or Hub id of the base model; by default the adapter's.
+        adapter (`str`, *optional*):
+            Folder or Hub id of the adapter; by default those of the package.
+        port (`int`, *optional*):
+            Port; by default the first free one.
 
     Raises:
         `ValueError`: If the models don't load.
@@ -36,10 +44,22 @@ def serve(base: str | None, adapter: str | None, port: int | None) -> None:
 
 
 def deploy(
-    repo_id: str, base: str | None, adapter: str | None, private: bool = False, hardware: str | None = None
+    repo_id: str, *, base: str | None, adapter: str | None, private: bool = False, hardware: str | None = None
 ) -> str:
     """
     Create or update a Space: variables, and front matter, requirements, app and package in one commit.
+
+    Args:
+        repo_id (`str`):
+            Id of the Space.
+        base (`str`, *optional*):
+            Hub id of the base model.
+        adapter (`str`, *optional*):
+            Hub id of the adapter.
+        private (`bool`, *optional*, defaults to `False`):
+            Whether a Space that has to be created is private.
+        hardware (`str`, *optional*):
+            Hardware of a Space that has to be created.
 
     Returns:
         `str`: Its address.

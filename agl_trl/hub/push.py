@@ -12,7 +12,6 @@ from huggingface_hub.errors import HfHubHTTPError, HFValidationError, OfflineMod
 
 from ..artifacts.files import ADAPTER_FILE, DRIFT_FILE, FISHER_FILE, FOLDER, first_line, sha256
 from ..drift.report import DriftReport
-from .model_card import attach_card
 
 
 # Temporary files, and answers, which may say what nobody should read.
@@ -184,35 +183,6 @@ def push_folder(
         )
     except FAILURES as error:
         raise PushError.because(f"Can't push '{folder}' to '{repo_id}'", error) from error
-
-
-def push_adapter(
-    folder: Path,
-    repo_id: str,
-    private: bool = False,
-    push_fisher: bool = True,
-    checkpoints: bool = False,
-    revision: str | None = None,
-) -> str:
-    """
-    What `agl-trl push` does: the address of the commit.
-
-    Raises:
-        [`PushError`]: If there is no adapter with a report in the folder, and as in [`push_folder`].
-    """
-    if not folder.is_dir():
-        raise PushError(f"There is no folder '{folder}'.")
-    if not any(path.is_file() for path in (folder / ADAPTER_FILE, *folder.glob(f"*/{ADAPTER_FILE}"))):
-        raise PushError(f"There is no adapter in '{folder}': '{ADAPTER_FILE}' is missing.")
-    if not (folder / FOLDER / DRIFT_FILE).is_file():
-        raise PushError(f"There is no report in '{folder}': measure the adapter first with `agl-trl attach`.")
-    if not (folder / "README.md").is_file():
-        attach_card(folder / "README.md", repo_id.split("/")[-1], DriftReport.from_pretrained(folder))
-    files = files_to_push(folder, push_fisher, checkpoints)
-    message = f"Adapter with its drift report, {len(files)} files"
-    return push_folder(
-        folder, repo_id, message=message, private=private or None, revision=revision, files=files
-    ).commit_url
 
 
 def _is_evidence_of(name: str, folders: set[str]) -> bool:

@@ -16,6 +16,7 @@ from agl_trl.artifacts.files import (
     SCHEMA_VERSION,
     ArtifactError,
     canonical_json,
+    check_writable,
     first_line,
     hub_id,
     load_tensors,
@@ -237,6 +238,22 @@ def test_ids_of_the_hub_are_told_from_paths_and_from_nothing():
     paths = ("/x/y", "./x", "../x/y", "a/b/c", "a/b/", "C:\\a", "a b/c", "é/x", "a..b/c", "a--b/c", "x/y.git")
     for name in (*paths, "", "a" * 5000, f"{'a' * 5000}/b", "x/y\n", "x/y\0", None, 7, Path("user/name")):
         assert hub_id(name) is None and hub_id(name, with_owner=True) is None, name
+
+
+def test_a_folder_is_tried_and_left_as_it_was(tmp_path):
+    check_writable(tmp_path / "a" / "b")
+    check_writable(tmp_path)
+    assert not [*tmp_path.iterdir()]
+    (tmp_path / "file").write_text("in the way")
+    for folder, said in (
+        ("file", "File exists"),
+        ("file/a/b", "Not a directory"),
+        ("a/" + "b" * 300, "File name too long"),
+    ):
+        with pytest.raises(OSError, match=said) as failed:
+            check_writable(tmp_path / folder)
+        assert failed.value.strerror == f"Cannot write to the folder '{tmp_path / folder}': {said}."
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
 
 
 def test_what_a_library_says_is_one_short_line():

@@ -226,6 +226,8 @@ def test_no_card_and_the_stub_of_peft_become_full_ones(tmp_path):
     assert len(texts) == 1
     _, text = attached(tmp_path, None, report=made_up_report(), base_model="org/other")
     assert "not trained with it" not in text and "[org/other]" in text
+    for unnamed in ("miniworld", str(tmp_path), "no id"):
+        assert "[org/base-model]" in attached(tmp_path, None, base_model=unnamed)[1]
     filled = stub.replace("### Direct Use", "### Direct Use\n\nFor letters.")
     _, text = attached(tmp_path, filled)
     assert "For letters." in text and f"\n{BEGIN}\n## Measured drift" in text
