@@ -17,7 +17,11 @@ PACKAGE = ROOT / "agl_trl"
 OF_EXTRAS = {"matplotlib", "scipy", "gradio"}
 HEAVY = OF_EXTRAS | {"jinja2", "ruamel"}
 # TRL by those that train; the callback works in any Trainer.
-TRL_FOLDERS, WITHOUT_TRL = {"trainer", "scripts", "experiments"}, {"trainer/callback.py"}
+TRL_FOLDERS = {"trainer", "scripts", "experiments"}
+WITHOUT_TRL = {
+    f"trainer/{name}.py"
+    for name in "anchor callback checks config drift_callback evidence gradients regularizer resume".split()
+}
 
 
 def run(code: str, *arguments: str | Path, options: tuple[str, ...] = ()) -> subprocess.CompletedProcess[str]:
@@ -53,7 +57,7 @@ print(json.dumps(sorted({*sys.modules} - before)))
 def test_callback_statistics_and_report_load_no_trl():
     code = """
 import json, sys
-from agl_trl import DriftCallback, DriftReport, FisherStatistics, estimate_fisher
+from agl_trl import AlignGuardCallback, AlignGuardConfig, DriftCallback, DriftReport, FisherStatistics, estimate_fisher
 print(json.dumps(sorted({name.partition(".")[0] for name in sys.modules})))
 """
     loaded = {*json.loads(run(code).stdout)}
@@ -83,7 +87,7 @@ def test_whatever_is_imported_is_declared():
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     always = {normalised(requirement) for requirement in project["dependencies"]}
     extras = {name: {*map(normalised, listed)} for name, listed in project["optional-dependencies"].items()}
-    wanted = extras["report"] | extras["space"] | extras["qlora"]
+    wanted = extras["report"] | extras["space"] | extras["qlora"] | extras["deepspeed"]
     distributions, used, wrong = packages_distributions(), set(), []
     for path in sorted(PACKAGE.rglob("*.py")):
         tree, place = ast.parse(path.read_text()), path.relative_to(PACKAGE)

@@ -3,9 +3,9 @@
 import hashlib
 import json
 import os
-import re
 import tempfile
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -14,12 +14,14 @@ from huggingface_hub import hf_hub_download, snapshot_download
 from huggingface_hub.errors import (
     GatedRepoError,
     HfHubHTTPError,
+    HFValidationError,
     LocalEntryNotFoundError,
     OfflineModeIsEnabled,
     RemoteEntryNotFoundError,
     RepositoryNotFoundError,
     RevisionNotFoundError,
 )
+from huggingface_hub.utils import validate_repo_id
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
@@ -35,7 +37,6 @@ FISHER_FILE = "fisher.safetensors"
 DRIFT_FILE = "drift.safetensors"
 PICTURE_FILE = "drift.png"
 TAG = "alignguard-lora"  # of models and cards on the Hub
-REPO_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 
 
 class ArtifactError(ValueError):
@@ -65,7 +66,31 @@ def write_atomically(path: Path, content: bytes) -> None:
     except OSError as error:
         if temporary is not None:
             Path(temporary).unlink(missing_ok=True)
-        raise OSError(error.errno, f"Cannot write '{path}': {error.strerror or error}.") from error
+        raise OSError(error.errno, f"Cannot write '{path}': {error.strerror or first_line(error)}.") from error
+
+
+def check_writable(folder: Path) -> None:
+    """
+    Check that a file can be written to a folder, before there is anything to write. Nothing is left behind: a folder that
+    is not there is made and removed again.
+
+    Raises:
+        `OSError`: With one sentence naming folder and reason.
+    """
+    made = []
+    try:
+        made = [place for place in (folder, *folder.parents) if not place.exists()]
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise OSError(
+            error.errno, f"Cannot write to the folder '{folder}': {error.strerror or first_line(error)}."
+        ) from error
+    finally:
+        for place in made:
+            with suppress(OSError):  # it was not made after all, or somebody else uses it by now
+                place.rmdir()
 
 
 def save_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, Any]) -> None:
@@ -95,7 +120,7 @@ def save_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, Any
             temporary.chmod(0o644)
             os.replace(temporary, path)
     except (OSError, SafetensorError) as error:
-        reason = error.strerror if isinstance(error, OSError) and error.strerror else error
+        reason = (isinstance(error, OSError) and error.strerror) or first_line(error)
         raise OSError(f"Cannot write '{path}': {reason}.") from error
 
 
@@ -171,10 +196,32 @@ def content_sha256(tensors: dict[str, Tensor], metadata: dict[str, Any]) -> str:
     return digest.hexdigest()
 
 
-def first_line(error: Exception) -> str:
+def first_line(error: BaseException) -> str:
     """What a library says, as it may stand in a sentence of ours: one line, short, without its full stop."""
-    lines = str(error).splitlines() or [type(error).__name__]
-    return lines[0][:LONGEST_REASON].rstrip(".: ")
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return (lines or [type(error).__name__])[0][:LONGEST_REASON].rstrip(".: ")
+
+
+def hub_id(name: Any, *, with_owner: bool = False) -> str | None:
+    """
+    A name, if a repo on the Hub could have it as its id.
+
+    Args:
+        name (`Any`):
+            What may be an id, a path, or nothing at all.
+        with_owner (`bool`, *optional*, defaults to `False`):
+            Whether only an id such as `user/name` counts, as all repos but a few early ones have it.
+
+    Returns:
+        `str`, *optional*: The name, or none for what can't be an id. A folder of this name may be there all the same.
+    """
+    if not isinstance(name, str) or not name.isascii() or (with_owner and "/" not in name):
+        return None
+    try:
+        validate_repo_id(name)
+    except HFValidationError:
+        return None
+    return name
 
 
 def find_artifact(
@@ -202,7 +249,7 @@ def find_artifact(
     for candidate in candidates:
         if candidate.is_file():
             return candidate
-    if path.exists() or not REPO_ID.fullmatch(str(location)):
+    if path.exists() or hub_id(str(location), with_owner=True) is None:
         raise ArtifactError(f"Found no '{FOLDER}/{name}' in '{location}'.")
     return Path(from_hub(hf_hub_download, str(location), f"{FOLDER}/{name}", revision=revision, token=token))
 
@@ -215,7 +262,7 @@ def adapter_folder(location: str | os.PathLike, revision: str | None = None) -> 
         [`ArtifactError`]: If there is none.
     """
     path = Path(location)
-    if not path.exists() and REPO_ID.fullmatch(str(location)):
+    if not path.exists() and hub_id(str(location), with_owner=True) is not None:
         patterns = ["adapter_config.json", ADAPTER_FILE, f"{FOLDER}/*", "README.md"]
         path = Path(from_hub(snapshot_download, str(location), revision=revision, allow_patterns=patterns))
     if not (path / ADAPTER_FILE).is_file():

@@ -2,12 +2,10 @@
 
 import logging
 import sys
-from enum import StrEnum
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
-from rich.console import Console
 
 from ..artifacts.extras import MissingExtra
 
@@ -20,12 +18,6 @@ app = typer.Typer(
     add_completion=False,
 )
 MINIWORLD_HELP = "`miniworld` is the embedded one"
-
-
-class FisherType(StrEnum):
-    projection = "projection"
-    empirical = "empirical"
-    mc = "mc"
 
 
 @app.command()
@@ -66,8 +58,8 @@ def fisher(
     ] = None,
     private: Annotated[bool, typer.Option("--private", help="Make a repo that is created private.")] = False,
     fisher_type: Annotated[
-        FisherType, typer.Option(help="What is differentiated for the output side.")
-    ] = FisherType.projection,
+        Literal["projection", "empirical", "mc"], typer.Option(help="What is differentiated for the output side.")
+    ] = "projection",
     shrinkage: Annotated[float, typer.Option(min=0, max=1, help="δ; 1 needs forward passes only.")] = 1.0,
     rank: Annotated[int, typer.Option(min=1, help="Eigenpairs kept per covariance.")] = 64,
     num_samples: Annotated[int, typer.Option(min=1, help="Rows used.")] = 256,
@@ -81,23 +73,21 @@ def fisher(
     from .fisher import fisher
 
     _quiet()
-    if bits not in (None, 4, 8):
-        raise ValueError(f"`--bits` must be 4 or 8, got {bits}.")
     fisher(
-        *(
-            model,
-            dataset,
-            output_dir,
-            push,
-            private,
-            fisher_type.value,
-            shrinkage,
-            rank,
-            num_samples,
-            batch_size,
-            seed,
-        ),
-        *(dtype, device_map, bits),
+        model=model,
+        dataset=dataset,
+        output_dir=output_dir,
+        push=push,
+        private=private,
+        fisher_type=fisher_type,
+        shrinkage=shrinkage,
+        rank=rank,
+        num_samples=num_samples,
+        batch_size=batch_size,
+        seed=seed,
+        dtype=dtype,
+        device_map=device_map,
+        bits=bits,
     )
 
 
@@ -131,10 +121,22 @@ def drift(
     batch_size: Annotated[int, typer.Option(min=1, help="Prompts per batch.")] = 32,
 ) -> None:
     """Report how far a model has moved from its base: weights per layer, and answers where prompts are given."""
-    from .drift import report
+    from .drift import drift
 
     _quiet()
-    report(base, output_dir, adapter, tuned, fisher, prompts, limit, judge, fail_if or [], max_new_tokens, batch_size)
+    drift(
+        base=base,
+        output_dir=output_dir,
+        adapter=adapter,
+        tuned=tuned,
+        fisher=fisher,
+        prompts=prompts,
+        limit=limit,
+        judge=judge,
+        fail_if=fail_if or (),
+        max_new_tokens=max_new_tokens,
+        batch_size=batch_size,
+    )
 
 
 @app.command()
@@ -146,30 +148,10 @@ def project(
     fisher: Annotated[str | None, typer.Option(help="Fisher statistics; default: the adapter's own.")] = None,
 ) -> None:
     """Write a copy of an adapter that is shrunk to a drift budget, without data and without training."""
-    from ..artifacts.files import ADAPTER_FILE, FOLDER, PICTURE_FILE, adapter_folder, sha256
-    from ..drift.plots import plot_drift
-    from ..drift.projection import write_projected
-    from ..drift.report import DriftReport
-    from ..fisher.statistics import FisherStatistics
-    from ..modeling.loading import load_adapter, load_model
-    from ..modeling.lora import adapted_layers, linear_layers
+    from .project import project
 
     _quiet()
-    folder = adapter_folder(adapter)
-    statistics = FisherStatistics.from_pretrained(fisher or folder)
-    model = load_adapter(load_model(base)[0], folder)
-    statistics.check_fits(model, linear_layers(model))
-    layers = adapted_layers(model)
-    before = DriftReport.measure(model, statistics)
-    strength = write_projected(folder, output_dir, layers, statistics, budget)
-    after = DriftReport.measure(model, statistics)
-    after.adapter_sha256 = sha256(output_dir / ADAPTER_FILE)
-    after.metadata["projected"] = {"budget": budget, "strength": strength, "drift_before": before.mean_relative_drift}
-    statistics.save_pretrained(output_dir)
-    after.save_pretrained(output_dir)
-    plot_drift(after, output_dir / FOLDER / PICTURE_FILE)
-    typer.echo(f"before: relative drift {before.mean_relative_drift:.3e}")
-    typer.echo(f"after:  relative drift {after.mean_relative_drift:.3e}, budget {budget:g}, in {output_dir}")
+    project(adapter=adapter, base=base, budget=budget, output_dir=output_dir, fisher=fisher)
 
 
 @app.command()
@@ -184,10 +166,17 @@ def push(
     revision: Annotated[str | None, typer.Option(help="Branch.")] = None,
 ) -> None:
     """Push an adapter with its statistics, report, picture and card in one commit."""
-    from ..hub.push import push_adapter
+    from .push import push
 
     _quiet()
-    typer.echo(push_adapter(folder, repo, private, fisher, checkpoints, revision))
+    push(
+        folder=folder,
+        repo_id=repo,
+        private=private,
+        push_fisher=fisher,
+        checkpoints=checkpoints,
+        revision=revision,
+    )
 
 
 @app.command()
@@ -211,7 +200,17 @@ def attach(
     from .attach import attach
 
     _quiet()
-    attach(adapter, base, fisher, prompts, limit, judge, create_pr, max_new_tokens, batch_size)
+    attach(
+        adapter=adapter,
+        base=base,
+        fisher=fisher,
+        prompts=prompts,
+        limit=limit,
+        judge=judge,
+        create_pr=create_pr,
+        max_new_tokens=max_new_tokens,
+        batch_size=batch_size,
+    )
 
 
 @app.command()
@@ -232,9 +231,9 @@ def space(
 
     _quiet()
     if push is None:
-        serve(base, adapter, port)
+        serve(base=base, adapter=adapter, port=port)
     else:
-        typer.echo(deploy(push, base, adapter, private, hardware))
+        typer.echo(deploy(push, base=base, adapter=adapter, private=private, hardware=hardware))
 
 
 @app.command()
@@ -245,7 +244,7 @@ def scaling(
     runs: Annotated[
         Path | None,
         typer.Option(
-            help="CSV or JSON lines: method, n_params, finetune_tokens, loss_before, loss_after; "
+            help="CSV, TSV or JSON lines: method, n_params, finetune_tokens, loss_before, loss_after; "
             "default: fine-tune the embedded models, about 20 minutes on one core."
         ),
     ] = None,
@@ -257,14 +256,7 @@ def scaling(
     from .scaling import scaling
 
     _quiet()
-    if runs is None:
-        from transformers.utils.logging import disable_progress_bar
-
-        from ..experiments.scaling_sweep import sweep
-
-        disable_progress_bar()  # of loading a small model, again and again
-        runs = sweep(output_dir, seeds, console=Console())
-    scaling(runs, output_dir, resamples, seed)
+    scaling(output_dir=output_dir, runs=runs, seeds=seeds, resamples=resamples, seed=seed)
 
 
 def _quiet() -> None:
@@ -287,6 +279,8 @@ def main() -> None:
     try:
         app()
     except (ValueError, OSError, MissingExtra) as error:
-        text = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
+        text = str(error)
+        if isinstance(error, OSError) and error.strerror:  # without the number in front
+            text = error.strerror if error.filename is None else f"{error.strerror}: '{error.filename}'."
         typer.echo(f"agl-trl: {text}", err=True)
         sys.exit(1)

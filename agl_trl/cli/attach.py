@@ -7,15 +7,16 @@ from pathlib import Path
 
 import typer
 
-from ..artifacts.files import FISHER_FILE, FOLDER, REPO_ID, adapter_folder
+from ..artifacts.files import FISHER_FILE, FOLDER, adapter_folder, check_writable
 from ..drift.report import DriftReport
 from ..fisher.statistics import FisherStatistics
 from ..hub.model_card import attach_card
 from ..hub.push import files_to_push, push_folder
-from .drift import ANSWERS_FILE, report
+from .drift import ANSWERS_FILE, drift
 
 
 def attach(
+    *,
     adapter: str,
     base: str,
     fisher: str | None,
@@ -30,39 +31,56 @@ def attach(
     Measure an adapter, and add report, statistics, picture and card to its folder, or to its repo in one commit that builds
     on the very commit that was measured.
 
+    Args:
+        adapter (`str`):
+            Folder or Hub id of the adapter.
+        create_pr (`bool`):
+            Whether to open a pull request in its repo, in place of a commit.
+        base, fisher, prompts, limit, judge, max_new_tokens, batch_size:
+            As in [`drift`].
+
     Raises:
-        `ValueError`: For what [`report`] refuses.
+        `ValueError`: For what [`drift`] refuses.
+        `OSError`: If the folder can't be written.
         [`PushError`]: If the repo can't be written.
     """
-    source = adapter_folder(adapter)
     from_hub = not Path(adapter).exists()
     if create_pr and not from_hub:
         raise ValueError("`--create-pr` is for an adapter on the Hub; this one is a folder.")
+    source = adapter_folder(adapter)
+    name = adapter.rstrip("/").split("/")[-1]
+    answers = Path(f"{name}-{ANSWERS_FILE}")
+    if from_hub and prompts is not None:
+        check_writable(answers.parent)
     with ExitStack() as stack:
         folder = source
         if from_hub:  # measured in a copy: the cache is not ours to write
-            folder = Path(stack.enter_context(tempfile.TemporaryDirectory())) / adapter.split("/")[-1]
+            folder = Path(stack.enter_context(tempfile.TemporaryDirectory())) / name
             shutil.copytree(source, folder)
-        report(base, folder, str(folder), None, fisher, prompts, limit, judge, [], max_new_tokens, batch_size)
+        drift(
+            base=base,
+            output_dir=folder,
+            adapter=str(folder),
+            fisher=fisher,
+            prompts=prompts,
+            limit=limit,
+            judge=judge,
+            max_new_tokens=max_new_tokens,
+            batch_size=batch_size,
+        )
         if fisher is not None:
             FisherStatistics.from_pretrained(fisher).save_pretrained(folder)
-        measured = DriftReport.from_pretrained(folder)
-        published = (folder / FOLDER / FISHER_FILE).is_file()
-        repo_id = adapter if from_hub else None
-        base_model = base if REPO_ID.fullmatch(base) and not Path(base).exists() else None
-        name = adapter.rstrip("/").split("/")[-1]
         attach_card(
             folder / "README.md",
             name,
-            measured,
-            base_model=base_model,
-            repo_id=repo_id,
-            statistics_published=published,
+            DriftReport.from_pretrained(folder),
+            base_model=base,
+            repo_id=adapter if from_hub else None,
+            statistics_published=(folder / FOLDER / FISHER_FILE).is_file(),
         )
         if not from_hub:
             typer.echo(f"Report and card are in {folder}; `agl-trl push {folder} USER/NAME` publishes them.")
             return
-        answers = Path(f"{name}-{ANSWERS_FILE}")
         if (folder / ANSWERS_FILE).is_file():
             shutil.copy2(folder / ANSWERS_FILE, answers)  # stays here: it may say what nobody should read
         files = [path for path in files_to_push(folder) if path == "README.md" or path.startswith(f"{FOLDER}/")]

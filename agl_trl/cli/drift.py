@@ -2,11 +2,14 @@
 
 import hashlib
 import json
+from collections.abc import Sequence
 from contextlib import nullcontext
 from pathlib import Path
 
 import typer
+from datasets import Dataset
 from peft import PeftModel
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..artifacts.files import (
     ADAPTER_FILE,
@@ -16,6 +19,7 @@ from ..artifacts.files import (
     PICTURE_FILE,
     ArtifactError,
     adapter_folder,
+    check_writable,
     sha256,
     write_atomically,
 )
@@ -36,16 +40,17 @@ from ..modeling.lora import linear_layers
 ANSWERS_FILE = "answers.jsonl"
 
 
-def report(
+def drift(
+    *,
     base: str,
     output_dir: Path,
-    adapter: str | None,
-    tuned: str | None,
+    adapter: str | None = None,
+    tuned: str | None = None,
     fisher: str | None,
     prompts: str | None,
     limit: int | None,
     judge: str,
-    fail_if: list[str],
+    fail_if: Sequence[str] = (),
     max_new_tokens: int,
     batch_size: int,
 ) -> None:
@@ -53,71 +58,120 @@ def report(
     Measure, write `agl/drift.safetensors`, `agl/drift.png` and `answers.jsonl`, print the summary, check the conditions.
     Everything that can be wrong with the arguments is told before a model is loaded.
 
+    Args:
+        base (`str`):
+            Folder or Hub id of the base model, or `"miniworld"`.
+        output_dir (`Path`):
+            Folder of what is written.
+        adapter (`str`, *optional*):
+            Folder or Hub id of the adapter to measure.
+        tuned (`str`, *optional*):
+            Folder or Hub id of the checkpoint to measure, in place of an adapter.
+        fisher (`str`, *optional*):
+            Folder or Hub id of Fisher statistics; by default the adapter's own, or else estimated.
+        prompts (`str`, *optional*):
+            Prompts to ask, as [`load_prompts`] takes them; by default none.
+        limit (`int`, *optional*):
+            Number of prompts asked.
+        judge (`str`):
+            Judge of the answers, as [`load_judge`] takes it.
+        fail_if (`Sequence[str]`, *optional*):
+            Conditions under which this raises.
+        max_new_tokens (`int`):
+            Longest answer.
+        batch_size (`int`):
+            Prompts per batch.
+
     Raises:
-        `ValueError`: For arguments that contradict each other, and what a condition forbids.
+        `ValueError`: For arguments that contradict each other or don't load, and for a condition that holds.
+        `OSError`: If the folder can't be written.
     """
     if (adapter is None) == (tuned is None):
         raise ValueError("Name what to measure: either `--adapter`, or `--tuned` for a checkpoint of its own.")
     conditions = [Condition.parse(text) for text in fail_if]
+    check_writable(output_dir)
     asked = load_judge(judge, batch_size)
     questions = None if prompts is None else load_prompts(prompts, limit)
     folder = None if adapter is None else adapter_folder(adapter)
-    statistics = None
-    if fisher is not None:
-        statistics = FisherStatistics.from_pretrained(fisher)
-    elif folder is not None and (folder / FOLDER / FISHER_FILE).is_file():
-        statistics = FisherStatistics.from_pretrained(folder)
-    if folder is not None and (folder / FOLDER / DRIFT_FILE).is_file():
-        try:  # it is made anew here in any case; whoever relied on it should know
-            DriftReport.from_pretrained(folder / FOLDER / DRIFT_FILE).check_describes(folder)
-        except ArtifactError as error:
-            typer.echo(f"Note on the report that came with the adapter: {error}")
+    statistics = _given_statistics(fisher, folder)
+    if folder is not None:
+        _note_foreign_report(folder)
+
     model, tokenizer = load_model(base)
+    base_model = None  # in the model of an adapter
     if folder is not None:
         model = load_adapter(model, folder)
+    elif tuned is not None:
+        base_model, (model, _) = model, load_model(tuned)
     if statistics is None:
         typer.echo("No Fisher statistics: taking them from the base model's own answers to requests of DriftCaps.")
-        with model.disable_adapter() if isinstance(model, PeftModel) else nullcontext():
-            statistics = estimate_fisher(model, driftcaps_requests(), tokenizer)
-    layers = linear_layers(model)
-    if folder is None:  # of a checkpoint, the layers that the statistics cover
-        layers = {name: module for name, module in layers.items() if name in statistics.input_of}
-    statistics.check_fits(model, layers)
-    base_model, digest = None, None
-    if folder is not None:
-        measured = DriftReport.measure(model, statistics)
-        measured.adapter_sha256 = digest = sha256(folder / ADAPTER_FILE)
-    else:
-        assert tuned is not None
-        base_model, (model, _) = model, load_model(tuned)
-        measured = DriftReport.measure_checkpoint(base_model, model, statistics)
+        statistics = _own_statistics(base_model or model, tokenizer)
+
+    measured = _measured(model, base_model, statistics)
+    measured.adapter_sha256 = None if folder is None else sha256(folder / ADAPTER_FILE)
+    settings = json.dumps([base, measured.adapter_sha256 or tuned, max_new_tokens])
+    # Answers of this very adapter under these settings, where asking was interrupted; gone when the report is there.
+    unfinished = output_dir / f"unfinished-{hashlib.sha256(settings.encode()).hexdigest()[:12]}.jsonl"
     if questions is not None:
-        settings = json.dumps([base, digest or tuned, max_new_tokens])
-        # Of this very adapter and these settings, whatever was interrupted; gone when the report is there.
-        path = output_dir / f"unfinished-{hashlib.sha256(settings.encode()).hexdigest()[:12]}.jsonl"
         measured.behaviour = measure_behaviour(
             model,
             tokenizer,
             questions,
             base=base_model,
             judge=asked,
-            store=AnswerCache(path, settings),
+            store=AnswerCache(unfinished, settings),
             max_new_tokens=max_new_tokens,
             batch_size=batch_size,
         )
-        asked_of = (
-            Path(prompts or "").name if Path(prompts or "").exists() else prompts
-        )  # no path of a machine in a report
-        measured.behaviour.metadata["prompts"] = {
-            "name": asked_of,
-            "license": questions.info.license,
-            "count": len(questions),
-        }
+        measured.behaviour.metadata["prompts"] = _description(prompts or "", questions)
+
+    if measured.behaviour is not None:
         lines = [json.dumps(entry, ensure_ascii=False) + "\n" for entry in measured.behaviour.answers]
         write_atomically(output_dir / ANSWERS_FILE, "".join(lines).encode())
-        path.unlink(missing_ok=True)
+        unfinished.unlink(missing_ok=True)
     measured.save_pretrained(output_dir)
     plot_drift(measured, output_dir / FOLDER / PICTURE_FILE)
     typer.echo(measured.summary())
     if met := [sentence for sentence in (condition.holds(measured) for condition in conditions) if sentence]:
         raise ValueError("Failed: " + " ".join(met))
+
+
+def _given_statistics(fisher: str | None, folder: Path | None) -> FisherStatistics | None:
+    """Statistics by name, or else those that lie beside the adapter."""
+    if fisher is not None:
+        return FisherStatistics.from_pretrained(fisher)
+    if folder is not None and (folder / FOLDER / FISHER_FILE).is_file():
+        return FisherStatistics.from_pretrained(folder)
+    return None
+
+
+def _own_statistics(model: PreTrainedModel | PeftModel, tokenizer: PreTrainedTokenizerBase) -> FisherStatistics:
+    """Statistics from the base model's own answers, with the adapter switched off."""
+    with model.disable_adapter() if isinstance(model, PeftModel) else nullcontext():
+        return estimate_fisher(model, driftcaps_requests(), tokenizer)
+
+
+def _note_foreign_report(folder: Path) -> None:
+    """Say so where a report lies beside an adapter that is not of it: it is made anew in any case, but somebody may rely on it."""
+    if (folder / FOLDER / DRIFT_FILE).is_file():
+        try:
+            DriftReport.from_pretrained(folder / FOLDER / DRIFT_FILE).check_describes(folder)
+        except ArtifactError as error:
+            typer.echo(f"Note on the report that came with the adapter: {error}")
+
+
+def _measured(model: PreTrainedModel, base: PreTrainedModel | None, statistics: FisherStatistics) -> DriftReport:
+    """Drift of a model's weights: of its adapter, or from a base model beside it."""
+    layers = linear_layers(model if base is None else base)
+    if base is not None:  # of a checkpoint, the layers that the statistics cover
+        layers = {name: module for name, module in layers.items() if name in statistics.input_of}
+    statistics.check_fits(model if base is None else base, layers)
+    if base is None:
+        return DriftReport.measure(model, statistics)
+    return DriftReport.measure_checkpoint(base, model, statistics)
+
+
+def _description(name: str, prompts: Dataset) -> dict[str, str | int | None]:
+    """Prompts as a report names them: a file without its folder, so that no path of a machine is told."""
+    shown = Path(name).name if Path(name).exists() else name
+    return {"name": shown, "license": prompts.info.license, "count": len(prompts)}

@@ -5,13 +5,13 @@ from pathlib import Path
 import typer
 from huggingface_hub import HfApi
 
-from ..artifacts.files import FISHER_FILE, FOLDER, REPO_ID
+from ..artifacts.files import FISHER_FILE, FOLDER, check_writable, hub_id
 from ..data.alignment import READERS, is_prompt_only, load_rows, select_rows, tokenize_row
 from ..fisher.cost import fisher_cost, seconds_by_trial
 from ..fisher.estimate import FisherType, estimate_fisher
 from ..fisher.statistics import FisherStatistics
 from ..hub.model_card import write_statistics_card
-from ..hub.push import FAILURES, PushError, create_repo, push_folder, reason
+from ..hub.push import FAILURES, PushError, create_repo, push_folder
 from ..modeling.loading import load_model
 
 
@@ -20,6 +20,7 @@ MODEL_FILES = ("config.json", "adapter_config.json")
 
 
 def fisher(
+    *,
     model: str,
     dataset: str,
     output_dir: Path | None,
@@ -39,15 +40,35 @@ def fisher(
     Say what it will take, estimate, save, and push where asked to: a repo that holds the statistics and their card.
     Interrupted, the same command goes on where it stopped.
 
+    Args:
+        model (`str`):
+            Folder or Hub id of the model, or `"miniworld"`.
+        dataset (`str`):
+            Alignment rows, as [`load_rows`] takes them.
+        output_dir (`Path`, *optional*):
+            Folder of the statistics; by default one of the name of the repo, in `outputs`.
+        push (`str`, *optional*):
+            Repo on the Hub for statistics and card.
+        private (`bool`):
+            Whether a repo that has to be created is private.
+        dtype, device_map, bits:
+            As in [`load_model`].
+        fisher_type, shrinkage, rank, num_samples, batch_size, seed:
+            As in [`estimate_fisher`].
+
     Raises:
-        `ValueError`: If model or rows can't be read.
+        `ValueError`: If the arguments contradict each other, or model or rows can't be read.
+        `OSError`: If the folder can't be written.
         [`PushError`]: If the repo can't be written; told before the pass where the Hub says so by then.
     """
+    if bits not in (None, 4, 8):
+        raise ValueError(f"`--bits` must be 4 or 8, got {bits}.")
     if output_dir is None:
         if push is None:
             raise ValueError("Say where the statistics go: `--output-dir`, `--push`, or both.")
         output_dir = Path("outputs") / push.split("/")[-1]
-    repo_id = None if push is None else statistics_repo(push, private)
+    check_writable(output_dir)
+    repo_id = None if push is None else statistics_repo(push, private=private)
     selected = select_rows(load_rows(dataset), num_samples, seed)
     loaded, tokenizer = load_model(model, dtype=dtype, device_map=device_map, bits=bits)
     plan = fisher_cost(loaded, rank=rank, shrinkage=shrinkage)
@@ -97,7 +118,7 @@ def fisher(
         typer.echo(push_statistics(statistics, output_dir, repo_id))
 
 
-def statistics_repo(name: str, private: bool) -> str:
+def statistics_repo(name: str, *, private: bool) -> str:
     """
     Make sure that there is a repo for statistics, which this account may write. Returns its full id.
 
@@ -110,7 +131,7 @@ def statistics_repo(name: str, private: bool) -> str:
         api.auth_check(repo_id, write=True)  # of a repo that was there already
         there = api.list_repo_files(repo_id)
     except FAILURES as error:
-        raise PushError(f"Can't write to '{repo_id}': {reason(error)}.") from error
+        raise PushError.because(f"Can't write to '{repo_id}'", error) from error
     if models := sorted(file for file in there if Path(file).name in MODEL_FILES):
         raise PushError(
             f"'{repo_id}' holds a model ('{models[0]}'), whose card this would replace: name another repo."
@@ -129,4 +150,4 @@ def dataset_id(name: str) -> str | None:
     """Name of a dataset that others know: an id on the Hub or an embedded set, never a file of this machine."""
     if Path(name).exists() or Path(name).suffix in READERS:
         return None
-    return name if "/" not in name or REPO_ID.fullmatch(name) else None
+    return hub_id(name)

@@ -9,7 +9,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from ..artifacts.files import canonical_json, write_atomically
+from ..artifacts.files import canonical_json, check_writable, first_line, write_atomically
 from ..drift.plots import new_figure, png
 from ..experiments.scaling_law import Fit, Law, Runs, fit, typical_increase
 
@@ -23,14 +23,35 @@ ERRORS = {
 }
 
 
-def scaling(path: Path, output_dir: Path, resamples: int, seed: int) -> None:
+def scaling(*, output_dir: Path, runs: Path | None, seeds: int, resamples: int, seed: int) -> None:
     """
     Fit the law of forgetting to every method in a file, print the coefficients, write `scaling.json` and `scaling.png`.
 
+    Args:
+        output_dir (`Path`):
+            Folder of what is written.
+        runs (`Path`, *optional*):
+            File of runs, as [`load_runs`] reads it; by default the embedded models are fine-tuned.
+        seeds (`int`):
+            Runs of every kind, where models are fine-tuned.
+        resamples (`int`):
+            Bootstrap resamples.
+        seed (`int`):
+            Seed of the resamples.
+
     Raises:
         `ValueError`: If the file can't be read or holds too little.
+        `OSError`: If the folder can't be written.
     """
-    methods = load_runs(path)
+    check_writable(output_dir)
+    if runs is None:  # the trainers are imported where they are needed
+        from transformers.utils.logging import disable_progress_bar
+
+        from ..experiments.scaling_sweep import sweep
+
+        disable_progress_bar()  # of loading a small model, again and again
+        runs = sweep(output_dir, seeds, console=Console())
+    methods = load_runs(runs)
     fits = {name: fit(runs, resamples=resamples, seed=seed) for name, runs in methods.items()}
     console = Console()
     table = Table("", *fits, title="L_pt = L0_pt + A · D_ft^β / N^α + E", title_justify="left")
@@ -57,22 +78,28 @@ def scaling(path: Path, output_dir: Path, resamples: int, seed: int) -> None:
 
 def load_runs(path: Path) -> dict[str, Runs]:
     """
-    Runs by method, from CSV or JSON lines.
+    Runs by method, from a table with commas, or with tabs where it ends in `.tsv`, or from JSON lines where it ends in
+    `.jsonl` or `.json`.
+
+    Args:
+        path (`Path`):
+            File with the columns of `COLUMNS`.
 
     Raises:
         `ValueError`: If there is no such file, a column is missing, or a cell is no number.
     """
     if not path.is_file():
         raise ValueError(f"There is no file '{path}'.")
+    kind = path.suffix.lower()
     try:
-        with open(path, encoding="utf-8", newline="") as file:
+        with open(path, encoding="utf-8-sig", newline="") as file:  # Excel marks its files
             rows = (
                 [json.loads(line) for line in file if line.strip()]
-                if path.suffix == ".jsonl"
-                else [*csv.DictReader(file)]
+                if kind in (".jsonl", ".json")
+                else [*csv.DictReader(file, delimiter="\t" if kind == ".tsv" else ",")]
             )
     except (ValueError, csv.Error) as error:
-        raise ValueError(f"Can't read runs from '{path}': {error}.") from error
+        raise ValueError(f"Can't read runs from '{path}': {first_line(error)}.") from error
     found: dict[str, list[tuple[float, float, float]]] = {}
     for number, row in enumerate(rows, 1):
         if not isinstance(row, dict) or not set(COLUMNS) <= {*row}:
@@ -81,6 +108,8 @@ def load_runs(path: Path) -> dict[str, Runs]:
             n_params, tokens, before, after = (float(row[name]) for name in COLUMNS[1:])
         except (TypeError, ValueError) as error:
             raise ValueError(f"Run {number} of '{path}' has a value that is no number.") from error
+        if not np.isfinite([n_params, tokens, before, after]).all():
+            raise ValueError(f"Run {number} of '{path}' has a value that is not finite.")
         found.setdefault(str(row["method"]), []).append((n_params, tokens, after - before))
     if not found:
         raise ValueError(f"There is no run in '{path}'.")

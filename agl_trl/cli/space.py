@@ -3,14 +3,15 @@
 import os
 import shutil
 import tempfile
+from http import HTTPStatus
 from importlib.resources import files
 from pathlib import Path
 
 import typer
 from huggingface_hub import HfApi
 
-from ..artifacts.files import REPO_ID
-from ..hub.push import FAILURES, PushError, create_repo, push_folder, reason
+from ..artifacts.files import hub_id
+from ..hub.push import FAILURES, PushError, create_repo, push_folder
 
 
 TEMPLATE = "agl_trl.space_template"  # spaces/refusal_comparison of the repository
@@ -21,9 +22,17 @@ LEFT_OUT = ("__pycache__", "base", "base-*", "aligned-*")
 UPGRADE = "creating Gradio Spaces on free CPU hardware needs a paid plan; free accounts may have ZeroGPU ones: `--hardware zero-a10g`"
 
 
-def serve(base: str | None, adapter: str | None, port: int | None) -> None:
+def serve(*, base: str | None, adapter: str | None, port: int | None) -> None:
     """
     Run the app on this machine until it is interrupted.
+
+    Args:
+        base (`str`, *optional*):
+            Folder or Hub id of the base model; by default the adapter's.
+        adapter (`str`, *optional*):
+            Folder or Hub id of the adapter; by default those of the package.
+        port (`int`, *optional*):
+            Port; by default the first free one.
 
     Raises:
         `ValueError`: If the models don't load.
@@ -35,10 +44,22 @@ def serve(base: str | None, adapter: str | None, port: int | None) -> None:
 
 
 def deploy(
-    repo_id: str, base: str | None, adapter: str | None, private: bool = False, hardware: str | None = None
+    repo_id: str, *, base: str | None, adapter: str | None, private: bool = False, hardware: str | None = None
 ) -> str:
     """
     Create or update a Space: variables, and front matter, requirements, app and package in one commit.
+
+    Args:
+        repo_id (`str`):
+            Id of the Space.
+        base (`str`, *optional*):
+            Hub id of the base model.
+        adapter (`str`, *optional*):
+            Hub id of the adapter.
+        private (`bool`, *optional*, defaults to `False`):
+            Whether a Space that has to be created is private.
+        hardware (`str`, *optional*):
+            Hardware of a Space that has to be created.
 
     Returns:
         `str`: Its address.
@@ -48,7 +69,7 @@ def deploy(
         [`PushError`]: If the Hub refuses; a Space that was there keeps its files.
     """
     for name in (base, adapter):
-        if name and name != "miniworld" and (not REPO_ID.fullmatch(name) or Path(name).exists()):
+        if name and name != "miniworld" and (not hub_id(name, with_owner=True) or Path(name).exists()):
             raise ValueError(
                 f"A Space can't read '{name}' from this machine: push it and give its id, such as user/name."
             )
@@ -59,9 +80,9 @@ def deploy(
             repo_id, private=private or None, repo_type="space", space_sdk="gradio", space_hardware=hardware
         )
     except PushError as error:
-        if "paid plan" in str(error):
-            raise PushError(f"Can't create the Space '{repo_id}': {UPGRADE}.") from error
-        raise
+        if error.status != HTTPStatus.PAYMENT_REQUIRED:
+            raise
+        raise PushError(f"Can't create the Space '{repo_id}': {UPGRADE}.", error.status) from error
     with tempfile.TemporaryDirectory() as folder:
         write_space(Path(folder), [name for name in (base, adapter) if name and name != "miniworld"])
         _set_variables(repo_id, {"BASE_MODEL": base, "ADAPTER": adapter})
@@ -96,4 +117,4 @@ def _set_variables(repo_id: str, wanted: dict[str, str | None]) -> None:
             elif not value and name in found:  # of an earlier push, and no longer meant
                 api.delete_space_variable(repo_id, name)
     except FAILURES as error:
-        raise PushError(f"Can't set the variables of the Space '{repo_id}': {reason(error)}.") from error
+        raise PushError.because(f"Can't set the variables of the Space '{repo_id}'", error) from error

@@ -11,6 +11,7 @@ from datasets import Dataset, IterableDataset, load_dataset
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
+from ..artifacts.files import first_line
 from ..driftcaps import alignment_rows
 from ..miniworld import MINIWORLD, alignment_dataset
 
@@ -69,11 +70,11 @@ def load_rows(name: str, split: str = "train", config: str | None = None) -> Dat
 
 
 def read_failure(error: Exception) -> str:
-    """First line of why `datasets` could not read a source, without its full stop."""
+    """Why `datasets` could not read a source, as [`first_line`] tells it."""
     cause = error.__cause__ or error
     if isinstance(cause, StopIteration) or "corresponds to no data" in str(cause):  # datasets on empty files
         return "it holds no rows"
-    return (str(cause).splitlines() or [type(cause).__name__])[0].rstrip(".")
+    return first_line(cause)
 
 
 def driftcaps_requests() -> Dataset:

@@ -15,7 +15,7 @@ from transformers import (
 )
 from transformers.utils import cached_file, extract_commit_hash
 
-from ..artifacts.files import sha256
+from ..artifacts.files import first_line, sha256
 from ..data.alignment import pad_token_id
 from ..modeling.generation import generate_answers
 from .refusal import Verdict, gcg_judge, judge, normalised
@@ -85,7 +85,7 @@ class _ModelJudge:
             source |= dict(use_safetensors=True, output_loading_info=True)
             self.model, info = auto_class.from_pretrained(model_id, dtype=dtype, **source)
         except _FAILURES as error:
-            raise ValueError(f"The judge '{model_id}' does not load: {_reason(error)}.") from error
+            raise ValueError(f"The judge '{model_id}' does not load: {first_line(error)}.") from error
         if info["missing_keys"]:  # a random head would judge at random
             raise ValueError(f"The judge '{model_id}' lacks weights, such as '{min(info['missing_keys'])}'.")
         self.tokenizer.pad_token_id = pad_token_id(self.tokenizer)
@@ -219,12 +219,8 @@ def load_judge(name: str = "refusal-strings", batch_size: int = 16) -> Judge:
     try:
         architectures = AutoConfig.from_pretrained(name, trust_remote_code=False).architectures or []
     except _FAILURES as error:
-        raise ValueError(f"There is no judge '{name}': {known}, and this is none: {_reason(error)}.") from error
+        raise ValueError(f"There is no judge '{name}': {known}, and this is none: {first_line(error)}.") from error
     for ending, judge_class in (("ForSequenceClassification", ClassifierJudge), ("ForCausalLM", GuardJudge)):
         if any(architecture.endswith(ending) for architecture in architectures):
             return judge_class(name, batch_size)
     raise ValueError(f"'{name}' can't judge: {known}; its architecture is {', '.join(architectures) or 'not told'}.")
-
-
-def _reason(error: Exception) -> str:
-    return str(error).splitlines()[0].rstrip(".:") if str(error) else type(error).__name__

@@ -8,13 +8,11 @@ from typing import Any, Self
 import torch
 from accelerate.utils import align_module_device
 from huggingface_hub import try_to_load_from_cache
-from huggingface_hub.errors import HFValidationError
-from huggingface_hub.utils import validate_repo_id
 from peft import PeftModel
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from ..artifacts.files import FISHER_FILE, FOLDER, ArtifactError, find_artifact, save_tensors
+from ..artifacts.files import FISHER_FILE, FOLDER, ArtifactError, find_artifact, hub_id, save_tensors
 from ..artifacts.schema import read_artifact, short_repr
 from ..modeling.lora import AdaptedLayer, adapted_layers, base_weight, layer_shape
 from ..objective.covariance import LowRankCovariance
@@ -211,14 +209,6 @@ def _covariance(tensors: dict[str, Tensor], prefix: str) -> LowRankCovariance:
     return LowRankCovariance(*(tensors[f"{prefix}.{part}"] for part in LowRankCovariance._fields))
 
 
-def _is_hub_id(name: str) -> bool:
-    try:
-        validate_repo_id(name)
-    except HFValidationError:  # a folder that is gone, or is named from another working directory
-        return False
-    return True
-
-
 def describe_base(model: PreTrainedModel | PeftModel) -> dict[str, Any]:
     """
     Base model as it goes into the metadata: Hub id and revision where it came from the Hub (never a local path), and
@@ -226,8 +216,8 @@ def describe_base(model: PreTrainedModel | PeftModel) -> dict[str, Any]:
     """
     config = model.config.get_text_config()
     name = model.config.name_or_path or None
-    if name is not None and (Path(name).exists() or not _is_hub_id(name)):
-        name = None
+    if name is not None and (Path(name).exists() or hub_id(name) is None):
+        name = None  # a folder, which may be gone, or was named from another working directory
     structure = {key: getattr(config, key, None) for key in STRUCTURAL_KEYS}
     # transformers no longer keeps the commit on the config; the cache that the model came from does.
     cached = None if name is None else try_to_load_from_cache(name, "config.json")

@@ -1,6 +1,5 @@
 """Metadata of model cards: what the Hub reads of them, read and written without losing what others put there."""
 
-import re
 from dataclasses import dataclass, field
 from math import isnan
 from pathlib import Path, PurePosixPath, PureWindowsPath
@@ -8,12 +7,11 @@ from typing import Any, Self
 
 import yaml
 from huggingface_hub import EvalResult
-from huggingface_hub.errors import HFValidationError
 from huggingface_hub.repocard import REGEX_YAML_BLOCK
 from huggingface_hub.repocard_data import eval_results_to_model_index
-from huggingface_hub.utils import validate_repo_id, yaml_dump
+from huggingface_hub.utils import yaml_dump
 
-from ..artifacts.files import TAG, write_atomically
+from ..artifacts.files import TAG, hub_id, write_atomically
 from ..data.prompts import SETS
 from ..drift.report import DriftReport
 from ..evaluation.behaviour import Behaviour
@@ -35,17 +33,6 @@ def without_folder(name: str) -> str:
     """A name as it is, or the last part of an absolute path: no path of a machine in a card."""
     if PurePosixPath(name).is_absolute() or PureWindowsPath(name).is_absolute():
         return PureWindowsPath(name).name
-    return name
-
-
-def hub_id(name: Any) -> str | None:
-    """The id of a repo on the Hub, if it looks like one; none for a path and for no name."""
-    if not isinstance(name, str) or not name.isascii():
-        return None
-    try:
-        validate_repo_id(name)
-    except HFValidationError:
-        return None
     return name
 
 
@@ -89,8 +76,9 @@ class Readme:
         found = REGEX_YAML_BLOCK.search(content)
         if found is None:
             return cls(text=content, newline=newline)
+        block = f"{found[2]}\n"  # as text of several lines at the end of it needs
         try:
-            metadata = yaml.safe_load(found[2])
+            metadata = yaml.safe_load(block)
         except yaml.YAMLError as error:
             reason = one_line(str(error)).rstrip(".")
             raise ValueError(f"The metadata of the card '{path}' are not valid YAML: {reason}.") from error
@@ -98,7 +86,7 @@ class Readme:
             raise ValueError(  # noqa: TRY004 (the content of a file, not an argument)
                 f"The metadata of the card '{path}' are not a mapping of names to values."
             )
-        return cls(metadata or {}, content[found.end() :], found[2], newline)
+        return cls(metadata or {}, content[found.end() :], block, newline)
 
     def write(self, path: Path, metadata: dict[str, Any], text: str) -> None:
         """Write a card with these metadata, of which those that were there before stay as they were written, and text."""
@@ -107,24 +95,37 @@ class Readme:
 
 
 def _edited(block: str, before: dict[str, Any], after: dict[str, Any]) -> str:
-    """YAML of `after` that keeps the text of `block` (comments, quotes, order) wherever the value is that of `before`."""
-    parts: dict[str, str] = {}
-    for part in re.split(r"(?m)^(?=[^\s#-])", block):  # one for every key
-        key = part.split(":")[0].strip("\"' ")
-        parts[key] = parts.get(key, "") + part.rstrip()
-    kept = {key: part for key, part in parts.items() if key not in before or before[key] == after.get(key)}
-    changed = {
-        key: yaml_dump({key: value}, sort_keys=False).rstrip()
-        for key, value in after.items()
-        if key not in before or before[key] != value
-    }
-    order = [*parts, *(key for key in changed if key not in parts)]
-    text = "\n".join({**kept, **changed}[key] for key in order if key in kept or key in changed).strip("\n")
+    """
+    YAML of `after` that keeps the text of `block` (comments, quotes, order, spaces) wherever the value is that of `before`.
+    The parser tells where keys and values stand; a library's round trip would write the values of others in its own style.
+    """
+    root = yaml.compose(block, yaml.SafeLoader)
+    pairs = root.value if isinstance(root, yaml.MappingNode) else []
+    starts = [*(key.start_mark.index for key, _ in pairs), len(block)]
+    parts = {"": block[: starts[0]]}  # before the first key
+    for (key, value), start, end in zip(pairs, starts, starts[1:], strict=False):
+        name = key.value
+        if name in after and after[name] == before.get(name):
+            parts[name] = parts.get(name, "") + block[start:end]  # of a key that is there twice, the last counts
+        else:
+            stop = start + len(block[start : _end(value)].rstrip())
+            comments = block[stop:end].partition("\n")[2]  # in front of the next key
+            parts[name] = (yaml_dump({name: after[name]}, sort_keys=False) if name in after else "") + comments
+    new = {name: value for name, value in after.items() if name not in parts}
+    text = "".join(parts.values()) + (yaml_dump(new, sort_keys=False) if new else "")
     try:
         same = yaml.safe_load(text) == after
     except yaml.YAMLError:
         same = False  # a style other than one key after the other
-    return text if same else yaml_dump(after, sort_keys=False).strip()
+    return (text if same else yaml_dump(after, sort_keys=False)).strip("\n")
+
+
+def _end(node: yaml.Node) -> int:
+    """Where a value of a YAML text ends, without the comments behind it."""
+    if isinstance(node, yaml.CollectionNode) and node.value and not node.flow_style:
+        last = node.value[-1]
+        return _end(last[1] if isinstance(node, yaml.MappingNode) else last)
+    return node.end_mark.index
 
 
 def prompt_set(behaviour: Behaviour) -> tuple[str | None, str | None]:

@@ -41,21 +41,26 @@ def render(template: str, **values: Any) -> str:
 
 
 def describe_settings(settings: dict[str, Any]) -> str:
-    """The objective of a run in words, from the coefficients in its report."""
+    """
+    The objective of a run in words, from the coefficients in its report; what a report of an older version lacks has its
+    default.
+    """
     if settings.get("variant") == "paper":
         return "the objective as published, as far as it is known"
-    coefficients = Coefficients(**{field.name: settings[field.name] for field in fields(Coefficients)})
-    if coefficients.complete and coefficients.alignment == 0:
-        parts = []
-    elif coefficients.complete:
-        parts = [f"alignment penalty λ_A = {settings['alignment']} on the complete Fisher quadratic form"]
-    else:
+    alignment = settings.get("alignment", 0.0)
+    told = {field.name: settings[field.name] for field in fields(Coefficients) if field.name in settings}
+    coefficients = Coefficients(**{"alignment": alignment, "task": alignment} | told)
+    parts = []
+    if not coefficients.complete:
         names = ("alignment", "task", "task_metric", "task_subspace", "collision", "alpha", "fisher_energy")
-        parts = [", ".join(f"{name} {settings[name]}" for name in names)]
+        parts = [", ".join(f"{name} {getattr(coefficients, name)}" for name in names)]
+    elif coefficients.alignment != 0:
+        parts = [f"alignment penalty λ_A = {coefficients.alignment} on the complete Fisher quadratic form"]
     if "drift_budget" in settings:
         parts.append(f"drift budget {settings['drift_budget']}")
     if "anchor_coef" in settings:
-        parts.append(f"anchor {settings['anchor_coef']} every {settings['anchor_every']} steps")
+        every = f" every {settings['anchor_every']} steps" if "anchor_every" in settings else ""
+        parts.append(f"anchor {settings['anchor_coef']}{every}")
     return ", ".join(parts)
 
 

@@ -5,13 +5,14 @@ from pathlib import Path
 
 from huggingface_hub import ModelCard, ModelCardData
 
+from ..artifacts.files import hub_id
 from ..drift.report import DriftReport
 from ..fisher.statistics import FisherStatistics
 from .card_metadata import (
+    PACKAGED,
     Readme,
     adapter_metadata,
     attached_metadata,
-    hub_id,
     statistics_metadata,
     without_folder,
 )
@@ -115,7 +116,7 @@ def attach_card(
         report ([`DriftReport`]):
             What to report.
         base_model (`str`, *optional*):
-            Id of the base model on the Hub; by default the one in the report.
+            Base model; one that has no id on the Hub, as a folder, is not named. By default the one in the report.
         repo_id (`str`, *optional*):
             Id of the adapter's repo on the Hub, for the code in the card.
         statistics_published (`bool`, *optional*, defaults to `True`):
@@ -126,11 +127,9 @@ def attach_card(
     """
     _check_repo_id(repo_id)
     readme = Readme.read(path)
-    if base_model is not None and not Path(base_model).exists():
-        base_model = hub_id(base_model)
-    elif base_model is not None:
-        base_model = None  # a folder
-    base_model = base_model or _base_of(report)
+    if base_model in PACKAGED or Path(base_model or "").exists():
+        base_model = None
+    base_model = hub_id(base_model) or _base_of(report)
     before, section, after = _sections(readme.text, path)
     evidence = (
         f"{render_evidence(report, repo_id, statistics_published)}\n\n## Citation\n\n{render('citation.md.jinja')}"

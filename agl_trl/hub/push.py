@@ -3,19 +3,21 @@
 import os
 import shutil
 from fnmatch import fnmatch
-from pathlib import Path
+from pathlib import Path, PurePosixPath
+from typing import Self
 
 import httpx2
 from huggingface_hub import CommitInfo, CommitOperationAdd, CommitOperationDelete, HfApi
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, OfflineModeIsEnabled, RepositoryNotFoundError
 
-from ..artifacts.files import ADAPTER_FILE, DRIFT_FILE, FISHER_FILE, FOLDER, sha256
+from ..artifacts.files import ADAPTER_FILE, DRIFT_FILE, FISHER_FILE, FOLDER, first_line, sha256
 from ..drift.report import DriftReport
-from .model_card import attach_card
 
 
-# Temporary files, the frozen adapter that DPO trains against, and answers, which may say what nobody should read.
-NEVER_PUSHED = ("_*", "*/_*", "ref/*", "*/ref/*", ".cache/*", ".git/*", "answers.jsonl")
+# Temporary files, and answers, which may say what nobody should read.
+NEVER_PUSHED = ("_*", "*/_*", ".cache/*", ".git/*", "answers.jsonl")
+REFERENCE = "ref"  # TRL's name for the frozen adapter that DPO trains against; PEFT saves it in a folder of this name
+ADAPTER_FILES = ("adapter_config.json", ADAPTER_FILE)
 CHECKPOINTS = ("checkpoint-*", "last-checkpoint/*")
 _REASONS = {
     401: "the Hub does not accept the token: log in with `hf auth login`",
@@ -29,7 +31,25 @@ _REASONS = {
 
 
 class PushError(OSError):
-    """A push that did not happen; the message says why. Local files are as they were."""
+    """
+    A push that did not happen; the message says why. Local files are as they were.
+
+    Args:
+        message (`str`):
+            One sentence.
+        status (`int`, *optional*):
+            HTTP status with which the Hub refused, where it answered at all.
+    """
+
+    def __init__(self, message: str, status: int | None = None):
+        super().__init__(message)
+        self.status = status
+
+    @classmethod
+    def because(cls, what: str, error: Exception) -> Self:
+        """The sentence for what could not be done, and the error of the Hub's client that says why."""
+        status = error.response.status_code if isinstance(error, HfHubHTTPError) else None
+        return cls(f"{what}: {reason(error)}.", status)
 
 
 def reason(error: Exception) -> str:
@@ -43,7 +63,7 @@ def reason(error: Exception) -> str:
         return "offline mode is on (HF_HUB_OFFLINE)"
     if isinstance(error, httpx2.HTTPError | ConnectionError):
         return f"the Hub could not be reached or dropped the connection ({type(error).__name__})"
-    return str(error).splitlines()[0].rstrip(".") if str(error) else type(error).__name__
+    return first_line(error)
 
 
 FAILURES = (HfHubHTTPError, HFValidationError, httpx2.HTTPError, ValueError, OSError)
@@ -59,17 +79,22 @@ def create_repo(repo_id: str, *, private: bool | None = None, token: str | None 
     try:
         return HfApi().create_repo(repo_id, private=private, token=token, exist_ok=True, **space).repo_id  # type: ignore[arg-type]
     except FAILURES as error:
-        raise PushError(f"Can't create '{repo_id}': {reason(error)}.") from error
+        raise PushError.because(f"Can't create '{repo_id}'", error) from error
 
 
 def files_to_push(folder: str | Path, push_fisher: bool = True, checkpoints: bool = False) -> list[str]:
-    """Files of a folder that go up, as sorted POSIX paths: no temporary ones, no `ref/`, checkpoints where asked for."""
+    """
+    Files of a folder that go up, as sorted POSIX paths: no temporary ones, no frozen adapter that a DPO trainer saved
+    beside the trained one, checkpoints where asked for.
+    """
     folder = Path(folder)
     names = sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
     hidden = (
         NEVER_PUSHED + (() if checkpoints else CHECKPOINTS) + (() if push_fisher else (f"*{FOLDER}/{FISHER_FILE}",))
     )
-    return [name for name in names if not any(fnmatch(name, pattern) for pattern in hidden)]
+    adapters = {path.parent for path in map(PurePosixPath, names) if path.name in ADAPTER_FILES}
+    frozen = tuple(f"{place}/" for place in adapters if place.name == REFERENCE and place.parent in adapters)
+    return [name for name in names if not name.startswith(frozen) and not any(fnmatch(name, p) for p in hidden)]
 
 
 def check_agreement(folder: str | Path) -> None:
@@ -157,36 +182,7 @@ def push_folder(
             repo_type=repo_type,
         )
     except FAILURES as error:
-        raise PushError(f"Can't push '{folder}' to '{repo_id}': {reason(error)}.") from error
-
-
-def push_adapter(
-    folder: Path,
-    repo_id: str,
-    private: bool = False,
-    push_fisher: bool = True,
-    checkpoints: bool = False,
-    revision: str | None = None,
-) -> str:
-    """
-    What `agl-trl push` does: the address of the commit.
-
-    Raises:
-        [`PushError`]: If there is no adapter with a report in the folder, and as in [`push_folder`].
-    """
-    if not folder.is_dir():
-        raise PushError(f"There is no folder '{folder}'.")
-    if not any(path.is_file() for path in (folder / ADAPTER_FILE, *folder.glob(f"*/{ADAPTER_FILE}"))):
-        raise PushError(f"There is no adapter in '{folder}': '{ADAPTER_FILE}' is missing.")
-    if not (folder / FOLDER / DRIFT_FILE).is_file():
-        raise PushError(f"There is no report in '{folder}': measure the adapter first with `agl-trl attach`.")
-    if not (folder / "README.md").is_file():
-        attach_card(folder / "README.md", repo_id.split("/")[-1], DriftReport.from_pretrained(folder))
-    files = files_to_push(folder, push_fisher, checkpoints)
-    message = f"Adapter with its drift report, {len(files)} files"
-    return push_folder(
-        folder, repo_id, message=message, private=private or None, revision=revision, files=files
-    ).commit_url
+        raise PushError.because(f"Can't push '{folder}' to '{repo_id}'", error) from error
 
 
 def _is_evidence_of(name: str, folders: set[str]) -> bool:
@@ -224,7 +220,7 @@ def stage(output_dir: Path, checkpoint: Path, target: Path, subfolder: str | Non
 
 def _describes_weights(name: str) -> bool:
     return name.startswith(("adapter_", f"{FOLDER}/", "training_args.bin")) or name.endswith(
-        ("/adapter_config.json", f"/{ADAPTER_FILE}")
+        tuple(f"/{file}" for file in ADAPTER_FILES)
     )
 
 

@@ -14,7 +14,7 @@ from huggingface_hub import HfApi, snapshot_download
 from peft import PeftModel
 from transformers import PreTrainedTokenizerBase
 
-from ..artifacts.files import ADAPTER_FILE, FOLDER, REPO_ID, ArtifactError, adapter_folder, from_hub
+from ..artifacts.files import ADAPTER_FILE, FOLDER, ArtifactError, adapter_folder, from_hub, hub_id
 from ..modeling.generation import generate_answers, input_device, prompt_ids
 from ..modeling.loading import load_adapter, load_model
 from .questions import Decoding
@@ -198,7 +198,7 @@ class _Access:
 
 
 def _check_name(name: str, what: str, hosted: bool) -> None:
-    is_repo = len(name) <= 193 and REPO_ID.fullmatch(name) and ".." not in name and "--" not in name
+    is_repo = hub_id(name, with_owner=True) is not None
     local = os.path.isdir(name) if "\0" not in name else False
     if name in ("", EMBEDDED) or (not hosted and local) or (is_repo and not (hosted and local)):
         return
@@ -243,6 +243,6 @@ def _base_of(folder: Path, adapter: str) -> str:
         base = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))["base_model_name_or_path"]
     except (OSError, ValueError, LookupError, TypeError) as error:
         raise ArtifactError(f"The adapter '{adapter}' does not say which base model it is for: name it.") from error
-    if not isinstance(base, str) or not (base == EMBEDDED or REPO_ID.fullmatch(base) or Path(base).is_dir()):
+    if not isinstance(base, str) or not (base == EMBEDDED or hub_id(base, with_owner=True) or Path(base).is_dir()):
         raise ArtifactError(f"The adapter '{adapter}' names no base model on the Hub: name it beside the adapter.")
     return base

@@ -4,6 +4,7 @@ import json
 import random
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -11,7 +12,17 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 from agl_trl import DriftReport, FisherStatistics, estimate_fisher
-from agl_trl.artifacts.files import SCHEMA_VERSION, ArtifactError, canonical_json, load_tensors, save_tensors, sha256
+from agl_trl.artifacts.files import (
+    SCHEMA_VERSION,
+    ArtifactError,
+    canonical_json,
+    check_writable,
+    first_line,
+    hub_id,
+    load_tensors,
+    save_tensors,
+    sha256,
+)
 from agl_trl.modeling.lora import linear_layers
 from agl_trl.trainer.resume import checkpoint_state
 from tests.helpers.models import adapted, tiny_model
@@ -218,3 +229,35 @@ def test_version_and_base_model_that_differ_are_named(statistics, tmp_path):
     model.model.layers[0].mlp.up_proj.weight.data *= 2
     with pytest.raises(ArtifactError, match="of other weights: the norm of layer"):
         statistics.check_fits(model, linear_layers(model))
+
+
+def test_ids_of_the_hub_are_told_from_paths_and_from_nothing():
+    for name in ("user/name", "gpt2", "a-b/c_d.e", "1/2"):
+        assert hub_id(name) == name
+    assert hub_id("gpt2", with_owner=True) is None and hub_id("user/name", with_owner=True) == "user/name"
+    paths = ("/x/y", "./x", "../x/y", "a/b/c", "a/b/", "C:\\a", "a b/c", "é/x", "a..b/c", "a--b/c", "x/y.git")
+    for name in (*paths, "", "a" * 5000, f"{'a' * 5000}/b", "x/y\n", "x/y\0", None, 7, Path("user/name")):
+        assert hub_id(name) is None and hub_id(name, with_owner=True) is None, name
+
+
+def test_a_folder_is_tried_and_left_as_it_was(tmp_path):
+    check_writable(tmp_path / "a" / "b")
+    check_writable(tmp_path)
+    assert not [*tmp_path.iterdir()]
+    (tmp_path / "file").write_text("in the way")
+    for folder, said in (
+        ("file", "File exists"),
+        ("file/a/b", "Not a directory"),
+        ("a/" + "b" * 300, "File name too long"),
+    ):
+        with pytest.raises(OSError, match=said) as failed:
+            check_writable(tmp_path / folder)
+        assert failed.value.strerror == f"Cannot write to the folder '{tmp_path / folder}': {said}."
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
+
+
+def test_what_a_library_says_is_one_short_line():
+    assert first_line(ValueError("\n  No such thing: here.\nDid you mean ...?")) == "No such thing: here"
+    assert first_line(ValueError("What failed:\n- all")) == "What failed"
+    assert first_line(StopIteration()) == "StopIteration" and first_line(ValueError("\n \n")) == "ValueError"
+    assert len(first_line(ValueError("long " * 1000))) <= 160

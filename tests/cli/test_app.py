@@ -110,6 +110,26 @@ def test_failures_are_one_sentence_and_write_nothing(arguments, message, tmp_pat
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["demo"],
+        ["fisher", "--model", "gone/model", "--dataset", "gone.jsonl"],
+        ["drift", "--base", "gone/model", "--adapter", "gone", "--judge", "gone/judge", "--prompts", "gone.jsonl"],
+        ["project", "gone", "--base", "gone/model", "--budget", "0.1"],
+        ["scaling"],
+    ],
+)
+@pytest.mark.parametrize("folder", ["file", "file/deeper/out"])
+def test_a_folder_that_cant_be_written_is_told_before_anything_is_loaded(
+    folder, arguments, tmp_path, monkeypatch, capsys
+):
+    (tmp_path / "file").write_text("in the way")
+    code, out, err = command(monkeypatch, capsys, *arguments, "--output-dir", tmp_path / folder)
+    assert code == 1 and "Cannot write" in err and str(tmp_path / folder) in err and err.count("\n") == 0, err
+    assert [path.name for path in tmp_path.iterdir()] == ["file"] and not out
+
+
 def test_unreadable_rows_and_adapters_are_one_sentence(demo_folder, tmp_path, monkeypatch, capsys):
     (tmp_path / "broken.jsonl").write_text('{"prompt": ')
     Dataset.from_list([{"sentence": "x"}]).to_json(tmp_path / "other.jsonl")

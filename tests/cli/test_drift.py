@@ -110,9 +110,7 @@ def test_merged_checkpoint(demo_folder, tmp_path, monkeypatch, capsys):
 
 def test_adapter_without_statistics_is_measured_on_driftcaps(demo_folder, tmp_path, monkeypatch, capsys):
     """Any adapter, trained by anyone: statistics from the base model's own answers, the same for the same base."""
-    from agl_trl.cli import drift as report_command
-
-    monkeypatch.setattr(report_command, "driftcaps_requests", lambda: driftcaps_requests().select(range(20)))
+    monkeypatch.setattr("agl_trl.cli.drift.driftcaps_requests", lambda: driftcaps_requests().select(range(20)))
     shutil.copytree(demo_folder / "lora", tmp_path / "adapter", ignore=shutil.ignore_patterns("agl"))
     options = ("--adapter", tmp_path / "adapter", "--output-dir", tmp_path / "out")
     code, out, err = command(monkeypatch, capsys, "drift", "--base", "miniworld", *options)

@@ -18,7 +18,7 @@ SPACE = "alice/refusals"
 
 
 def test_space_is_made_in_one_commit(hub, online):
-    address = deploy(SPACE, "alice/model", "alice/adapter")
+    address = deploy(SPACE, base="alice/model", adapter="alice/adapter")
     repo = hub.repo(SPACE, "spaces")
     assert address == f"{hub.url}/spaces/{SPACE}" and repo.sdk == "gradio"
     assert repo.variables == {"BASE_MODEL": "alice/model", "ADAPTER": "alice/adapter"}
@@ -36,10 +36,10 @@ def test_space_is_made_in_one_commit(hub, online):
 
 
 def test_space_is_updated(hub, online):
-    deploy(SPACE, None, "alice/adapter")
-    deploy(SPACE, None, "alice/other")
+    deploy(SPACE, base=None, adapter="alice/adapter")
+    deploy(SPACE, base=None, adapter="alice/other")
     assert hub.repo(SPACE, "spaces").variables == {"ADAPTER": "alice/other"}
-    deploy(SPACE, None, None)
+    deploy(SPACE, base=None, adapter=None)
     assert hub.repo(SPACE, "spaces").variables == {}
     assert len(hub.repo(SPACE, "spaces").history()) == 4
 
@@ -59,23 +59,23 @@ def test_refusals_of_the_hub_are_one_sentence(hub, online, status, endpoint, sai
         HfApi().create_repo(SPACE, repo_type="space", space_sdk="gradio")
     hub.fail_next(status, match=endpoint)
     with pytest.raises(PushError) as error:
-        deploy(SPACE, None, "alice/adapter")
+        deploy(SPACE, base=None, adapter="alice/adapter")
     assert said in str(error.value) and SPACE in str(error.value) and "\n" not in str(error.value)
-    assert hub.token not in str(error.value)
+    assert hub.token not in str(error.value) and error.value.status == status
     if endpoint != "create":
         assert len(hub.repo(SPACE, "spaces").history()) == 1
 
 
 def test_a_space_of_somebody_else_is_refused(hub, online):
     with pytest.raises(PushError, match="may not write there"):
-        deploy("bob/space", None, "alice/adapter")
+        deploy("bob/space", base=None, adapter="alice/adapter")
 
 
 def test_what_a_space_could_not_read_is_refused_first(hub, online, tmp_path):
     with pytest.raises(ValueError, match="can't read"):
-        deploy(SPACE, "miniworld", str(tmp_path))
+        deploy(SPACE, base="miniworld", adapter=str(tmp_path))
     with pytest.raises(ValueError, match="--adapter"):
-        deploy(SPACE, "alice/model", None)
+        deploy(SPACE, base="alice/model", adapter=None)
     assert not hub.repos
 
 

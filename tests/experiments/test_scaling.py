@@ -6,9 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from rich.console import Console
-from typer.testing import CliRunner
 
-from agl_trl.cli.app import app
 from agl_trl.cli.scaling import load_runs
 from agl_trl.experiments import scaling_sweep
 from agl_trl.experiments.scaling_law import Law, Runs, fit, fit_law, relative_errors
@@ -73,46 +71,6 @@ def test_too_little_is_refused():
         fit_law(Runs(np.array([1e5, 1e6, 1e6]), np.array([1e4, 1e4, 1e5]), np.array([0.1, 0.05, 0.1])))
     with pytest.raises(ValueError, match="must be above 0"):
         fit_law(Runs(np.array([0.0, 1, 2, 3]), np.ones(4), np.ones(4)))
-
-
-@pytest.mark.parametrize("suffix", ["csv", "jsonl"])
-def test_command_reads_runs_and_writes_both_surfaces(suffix, tmp_path):
-    columns = ("method", "n_params", "finetune_tokens", "loss_before", "loss_after")
-    rows = []
-    for method, law in (("lora", LAW), ("agl", LAW._replace(A=4.0))):
-        runs = synthetic(law, noise=0.02)
-        rows += [(method, n, d, 1.5, 1.5 + y) for n, d, y in zip(*runs, strict=True)]
-    path = tmp_path / f"runs.{suffix}"
-    if suffix == "csv":
-        path.write_text("\n".join(",".join(map(str, row)) for row in [columns, *rows]))
-    else:
-        path.write_text("".join(json.dumps(dict(zip(columns, row, strict=True))) + "\n" for row in rows))
-    arguments = ["scaling", "--runs", str(path), "--output-dir", str(tmp_path / "out"), "--resamples", "20"]
-    outcome = CliRunner().invoke(app, arguments, catch_exceptions=False)
-    assert outcome.exit_code == 0 and "lora" in outcome.output and "agl" in outcome.output
-    told = json.loads((tmp_path / "out" / "scaling.json").read_text())
-    assert told["agl"]["law"]["beta"] == pytest.approx(0.3, abs=0.1)
-    assert (tmp_path / "out" / "scaling.png").read_bytes()[:4] == b"\x89PNG"
-    first = {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir()}
-    CliRunner().invoke(app, arguments)
-    assert first == {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir()}
-
-
-@pytest.mark.parametrize(
-    ("content", "sentence"),
-    [
-        ("method,n_params\nlora,1\n", "lacks one of the columns"),
-        ("method,n_params,finetune_tokens,loss_before,loss_after\nlora,1,x,1,1\n", "has a value that is no number"),
-        ("method,n_params,finetune_tokens,loss_before,loss_after\n", "There is no run in"),
-    ],
-)
-def test_bad_files_are_a_sentence(content, sentence, tmp_path):
-    path = tmp_path / "runs.csv"
-    path.write_text(content)
-    with pytest.raises(ValueError, match=sentence):
-        load_runs(path)
-    with pytest.raises(ValueError, match="There is no file"):
-        load_runs(tmp_path / "none.csv")
 
 
 @pytest.fixture(scope="module")

@@ -3,18 +3,15 @@
 import os
 import subprocess
 import sys
-from importlib.resources import files
 from pathlib import Path
 
 import pytest
 from huggingface_hub import ModelCard, ModelCardData
-from jinja2 import UndefinedError
 from peft import LoraConfig, get_peft_model
 
 from agl_trl.drift.report import DriftReport
 from agl_trl.fisher.statistics import FisherStatistics
-from agl_trl.hub.card_metadata import hub_id, one_line
-from agl_trl.hub.card_text import plain, render
+from agl_trl.hub.card_metadata import one_line
 from agl_trl.hub.model_card import BEGIN, END, attach_card, declared_license, write_card, write_statistics_card
 from tests.helpers.models import tiny_model
 from tests.helpers.render_sample_card import SAMPLE, TRL_CARD, made_up_behaviour, made_up_report
@@ -162,7 +159,6 @@ def test_no_path_of_a_machine(tmp_path):
     assert str(tmp_path) not in text and "/srv" not in text and "C:" not in text
     assert card.data.base_model is None and "base_model_relation" not in card.data and card.data.datasets is None
     assert "not on the Hub" in text and "# run\n" in text and "own.jsonl" in text
-    assert hub_id("/x/y") is hub_id("./x") is hub_id("a/b/c") is hub_id(None) is None and hub_id("gpt2") == "gpt2"
 
 
 def test_unpublished_statistics_and_continued_adapters_are_said(tmp_path):
@@ -185,7 +181,6 @@ def test_names_of_others_break_nothing(tmp_path):
     assert row.replace("\\|", "").count("|") == 6
     assert one_line(HOSTILE) in {result.dataset_name for result in card.data.eval_results}
     assert written(tmp_path, once, report=report, name=f"{HOSTILE}## Training procedure")[1] == once
-    assert plain("illegal_goods") == "illegal_goods" and plain("a\u202eb\x00c") == "abc"
     with pytest.raises(ValueError, match="not the id of a repo"):
         write_card(tmp_path / "README.md", "n", report, repo_id='x")\nimport os')
 
@@ -231,6 +226,8 @@ def test_no_card_and_the_stub_of_peft_become_full_ones(tmp_path):
     assert len(texts) == 1
     _, text = attached(tmp_path, None, report=made_up_report(), base_model="org/other")
     assert "not trained with it" not in text and "[org/other]" in text
+    for unnamed in ("miniworld", str(tmp_path), "no id"):
+        assert "[org/base-model]" in attached(tmp_path, None, base_model=unnamed)[1]
     filled = stub.replace("### Direct Use", "### Direct Use\n\nFor letters.")
     _, text = attached(tmp_path, filled)
     assert "For letters." in text and f"\n{BEGIN}\n## Measured drift" in text
@@ -246,13 +243,6 @@ def test_broken_cards_are_refused_in_one_sentence_and_left_as_they_are(broken, t
     with pytest.raises(ValueError, match="README.md") as failure:
         attach_card(path, "n", made_up_report())
     assert "\n" not in str(failure.value) and str(failure.value).endswith(".") and path.read_bytes() == before
-
-
-def test_a_missing_value_is_an_error_and_templates_are_in_the_package():
-    with pytest.raises(UndefinedError):
-        render("statistics.md.jinja", name="n")
-    for name in ("adapter", "citation", "evidence", "statistics"):
-        assert files("agl_trl.model_cards").joinpath(f"{name}.md.jinja").is_file()
 
 
 def test_cards_of_the_demo(demo_folder, tmp_path):

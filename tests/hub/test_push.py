@@ -2,6 +2,7 @@
 
 import logging
 import threading
+from pathlib import Path
 
 import pytest
 from huggingface_hub import HfApi
@@ -119,6 +120,30 @@ def test_reference_adapter_is_never_pushed(hub, online, tmp_path, tokenizer, ali
         assert not any("ref/" in name for name in commit.files)
 
 
+def touched(folder: Path, *names: str) -> Path:
+    for name in names:
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_bytes(name.encode())
+    return folder
+
+
+def test_the_frozen_adapter_of_dpo_is_told_by_what_it_holds(tmp_path):
+    adapter = ("adapter_config.json", "adapter_model.safetensors")
+    frozen = [f"{place}ref/{name}" for place in ("", "checkpoint-1/") for name in (*adapter, "README.md")]
+    trained = sorted(f"{place}{name}" for place in ("", "checkpoint-1/") for name in adapter)
+    assert files_to_push(touched(tmp_path, *trained, *frozen), checkpoints=True) == trained
+
+
+def test_a_folder_ref_of_the_user_is_pushed(hub, online, tmp_path):
+    names = ["adapter_config.json", "docs/ref/adapter_config.json", "ref/notes.txt", "ref/papers/one.bib"]
+    push_folder(touched(tmp_path, *names), REPO, message="push")
+    assert sorted({*hub.repo(REPO).history()[0].files} - {".gitattributes"}) == names
+    alone = touched(
+        tmp_path / "alone", "ref/adapter_config.json"
+    )  # beside no other adapter: nothing was trained against it
+    assert files_to_push(alone) == ["ref/adapter_config.json"]
+
+
 def test_failed_background_push_is_told_and_repeated(
     hub, online, naps, tmp_path, tokenizer, train_rows, alignment_rows, caplog
 ):
@@ -182,6 +207,7 @@ def test_every_fault_is_a_sentence_and_the_retry_succeeds(status, endpoint, sent
     with pytest.raises(PushError, match=sentence) as failed:
         push_folder(saved, REPO, message="push")
     assert "\n" not in str(failed.value) and hub.token not in str(failed.value)
+    assert failed.value.status == (status if isinstance(status, int) else None)
     if ("models", REPO) in hub.repos:
         assert set(hub.repo(REPO).history()[0].files) == {".gitattributes"}  # whole or not at all
     hub.faults.clear()

@@ -1,0 +1,53 @@
+"""What `agl-trl push` does."""
+
+from pathlib import Path
+
+import typer
+
+from ..artifacts.files import ADAPTER_FILE, DRIFT_FILE, FOLDER
+from ..drift.report import DriftReport
+from ..hub.model_card import attach_card
+from ..hub.push import PushError, files_to_push, push_folder
+
+
+def push(
+    *, folder: Path, repo_id: str, private: bool, push_fisher: bool, checkpoints: bool, revision: str | None
+) -> None:
+    """
+    Push an adapter with its evidence and card in one commit, and print the address of the commit.
+
+    Args:
+        folder (`Path`):
+            Folder of the adapter.
+        repo_id (`str`):
+            Repo on the Hub.
+        private (`bool`):
+            Whether a repo that has to be created is private.
+        push_fisher (`bool`):
+            Whether the statistics go up.
+        checkpoints (`bool`):
+            Whether the checkpoints in the folder go up.
+        revision (`str`, *optional*):
+            Branch.
+
+    Raises:
+        [`PushError`]: If there is no adapter with a report in the folder, and as in [`push_folder`].
+    """
+    if not folder.is_dir():
+        raise PushError(f"There is no folder '{folder}'.")
+    if not any(path.is_file() for path in (folder / ADAPTER_FILE, *folder.glob(f"*/{ADAPTER_FILE}"))):
+        raise PushError(f"There is no adapter in '{folder}': '{ADAPTER_FILE}' is missing.")
+    if not (folder / FOLDER / DRIFT_FILE).is_file():
+        raise PushError(f"There is no report in '{folder}': measure the adapter first with `agl-trl attach`.")
+    if not (folder / "README.md").is_file():
+        attach_card(folder / "README.md", repo_id.split("/")[-1], DriftReport.from_pretrained(folder))
+    files = files_to_push(folder, push_fisher, checkpoints)
+    commit = push_folder(
+        folder,
+        repo_id,
+        message=f"Adapter with its drift report, {len(files)} files",
+        private=private or None,
+        revision=revision,
+        files=files,
+    )
+    typer.echo(commit.commit_url)

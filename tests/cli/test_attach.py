@@ -1,0 +1,95 @@
+"""`agl-trl attach`: an adapter trained elsewhere gets its evidence, in its folder or in the commit after the one measured."""
+
+import hashlib
+from pathlib import Path
+
+import pytest
+from huggingface_hub import ModelCard
+from typer.testing import CliRunner
+
+from agl_trl import DriftReport
+from agl_trl.artifacts.files import adapter_folder
+from agl_trl.cli.app import app
+from agl_trl.miniworld import checkpoint_path
+from tests.helpers.hub_commits import agreeing_folders
+
+
+@pytest.fixture
+def elsewhere(online, demo_folder, tmp_path) -> Path:
+    """The demo's plain LoRA adapter, as someone without agl_trl would have it."""
+    folder = tmp_path / "elsewhere"
+    folder.mkdir()
+    for name in ("adapter_config.json", "adapter_model.safetensors"):
+        (folder / name).write_bytes((demo_folder / "lora" / name).read_bytes())
+    (folder / "README.md").write_text("---\nlicense: mit\n---\n\n# Bob's adapter\n")
+    return folder
+
+
+def attach(*arguments: str):
+    return CliRunner().invoke(
+        app, ["attach", "--base", "miniworld", "--prompts", "miniworld", "--limit", "24", *arguments]
+    )
+
+
+def test_attach_to_a_folder_then_push(hub, online, elsewhere, demo_folder):
+    outcome = attach(str(elsewhere), "--fisher", str(demo_folder))
+    assert outcome.exit_code == 0, outcome.exception
+    assert f"`agl-trl push {elsewhere} USER/NAME`" in outcome.output
+    outcome = CliRunner().invoke(app, ["push", str(elsewhere), "alice/measured"])
+    assert outcome.exit_code == 0, outcome.exception
+    (commit, *_) = hub.repo("alice/measured").history()
+    assert agreeing_folders(commit, elsewhere.parent / "scratch") == {"": None}
+    assert "answers.jsonl" not in commit.files, "answers may say what nobody should read"
+    card = commit.files["README.md"].data.decode()
+    assert "# Bob's adapter" in card and "license: mit" in card and "refusal_rate" in card
+    assert str(elsewhere) not in card
+
+
+@pytest.mark.parametrize("create_pr", [False, True])
+def test_attach_to_a_repo(create_pr, hub, online, elsewhere, demo_folder, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    online.create_repo("alice/theirs")
+    before = online.upload_folder(repo_id="alice/theirs", folder_path=elsewhere)
+    outcome = attach("alice/theirs", "--fisher", str(demo_folder), *(["--create-pr"] if create_pr else []))
+    assert outcome.exit_code == 0, outcome.exception
+    repo = hub.repo("alice/theirs")
+    commit = repo.resolve("refs/pr/1") if create_pr else repo.history()[0]
+    assert commit.parent == before.oid and (repo.history()[0].sha == before.oid) == create_pr
+    assert agreeing_folders(commit, tmp_path / "scratch") == {"": None}
+    assert set(commit.files) - {".gitattributes"} == {
+        *("adapter_config.json", "adapter_model.safetensors", "README.md"),
+        *("agl/drift.png", "agl/drift.safetensors", "agl/fisher.safetensors"),
+    }
+
+
+def test_a_repo_that_moved_on_gets_no_report_of_its_old_adapter(
+    hub, online, elsewhere, demo_folder, tmp_path, monkeypatch
+):
+    """Between measuring and committing the owner pushes another adapter."""
+    monkeypatch.chdir(tmp_path)
+    online.create_repo("alice/theirs")
+    online.upload_folder(repo_id="alice/theirs", folder_path=elsewhere)
+    hub.fail_next(412, match="commit")
+    outcome = attach("alice/theirs", "--fisher", str(demo_folder))
+    assert "another commit arrived in between" in str(outcome.exception)
+    assert "agl/drift.safetensors" not in hub.repo("alice/theirs").history()[0].files
+    assert attach("alice/theirs", "--fisher", str(demo_folder)).exit_code == 0
+    folder = adapter_folder("alice/theirs")
+    adapter = hashlib.sha256((folder / "adapter_model.safetensors").read_bytes()).hexdigest()
+    assert DriftReport.from_pretrained("alice/theirs").adapter_sha256 == adapter
+
+
+def test_the_base_model_is_named_where_it_has_an_id(online, elsewhere, demo_folder):
+    """The statistics are of a model that has none: what the command was told counts."""
+    online.create_repo("alice/base")
+    online.upload_folder(repo_id="alice/base", folder_path=checkpoint_path("aligned"))
+    for base, named in (("miniworld", None), (checkpoint_path("aligned"), None), ("alice/base", "alice/base")):
+        outcome = attach(str(elsewhere), "--fisher", str(demo_folder), "--base", str(base), "--limit", "2")
+        assert outcome.exit_code == 0, outcome.exception
+        assert ModelCard.load(elsewhere / "README.md").data.base_model == named
+
+
+def test_a_pull_request_is_of_a_repo(elsewhere):
+    outcome = attach(str(elsewhere), "--create-pr")
+    assert outcome.exit_code == 1 and "`--create-pr` is for an adapter on the Hub" in str(outcome.exception)
+    assert not (elsewhere / "agl").exists()

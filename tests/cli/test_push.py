@@ -1,0 +1,54 @@
+"""`agl-trl push`: an adapter goes up with its evidence and a card, or the sentence says what is missing."""
+
+import shutil
+
+from typer.testing import CliRunner
+
+from agl_trl.cli.app import app
+from tests.helpers.hub_commits import agreeing_folders
+
+
+def push(*arguments: object):
+    return CliRunner().invoke(app, ["push", *map(str, arguments)])
+
+
+def test_adapter_evidence_and_card_are_one_commit(hub, online, demo_folder, tmp_path):
+    folder = tmp_path / "adapter"
+    shutil.copytree(demo_folder, folder, ignore=shutil.ignore_patterns("lora", "README.md"))
+    (folder / "answers.jsonl").write_text("{}")
+    outcome = push(folder, "alice/pushed", "--private")
+    assert outcome.exit_code == 0, outcome.exception
+    commit, first = hub.repo("alice/pushed").history()
+    assert outcome.stdout.strip() == f"{hub.url}/alice/pushed/commit/{commit.sha}" and first.title == "initial commit"
+    assert agreeing_folders(commit, tmp_path / "scratch") and hub.repo("alice/pushed").private
+    assert "# pushed" in commit.files["README.md"].data.decode() and "answers.jsonl" not in commit.files
+    assert push(folder, "alice/pushed", "--no-fisher").exit_code == 0
+    assert {*commit.files} - {*hub.repo("alice/pushed").history()[0].files} == {"agl/fisher.safetensors"}
+
+
+def test_checkpoints_go_up_where_asked_for_and_onto_the_branch(hub, online, demo_folder, tmp_path):
+    folder = tmp_path / "adapter"
+    shutil.copytree(demo_folder, folder, ignore=shutil.ignore_patterns("lora"))
+    shutil.copytree(folder, tmp_path / "checkpoint-1")
+    (tmp_path / "checkpoint-1").rename(folder / "checkpoint-1")
+    assert push(folder, "alice/pushed").exit_code == 0
+    assert not any(name.startswith("checkpoint-1/") for name in hub.repo("alice/pushed").history()[0].files)
+    online.create_branch("alice/pushed", branch="all")
+    outcome = push(folder, "alice/pushed", "--checkpoints", "--revision", "all")
+    assert outcome.exit_code == 0, outcome.exception
+    assert {*agreeing_folders(hub.repo("alice/pushed").resolve("all"), tmp_path / "scratch")} == {"", "checkpoint-1/"}
+    assert len(hub.repo("alice/pushed").history()) == 2, "nothing on the main branch"
+
+
+def test_what_is_missing_is_said(hub, online, demo_folder, tmp_path):
+    empty, bare = tmp_path / "empty", tmp_path / "bare"
+    empty.mkdir(), bare.mkdir()
+    shutil.copy(demo_folder / "adapter_model.safetensors", bare)
+    for folder, sentence in (
+        (tmp_path / "no", "There is no folder"),
+        (empty, "There is no adapter in"),
+        (bare, "There is no report in"),
+    ):
+        outcome = push(folder, "alice/x")
+        assert sentence in str(outcome.exception) and str(folder) in str(outcome.exception)
+        assert outcome.exit_code == 1 and not hub.repos
