@@ -20,7 +20,17 @@ HEAVY = OF_EXTRAS | {"jinja2", "ruamel"}
 TRL_FOLDERS = {"trainer", "scripts", "experiments"}
 WITHOUT_TRL = {
     f"trainer/{name}.py"
-    for name in "anchor callback checks config drift_callback evidence gradients regularizer resume".split()
+    for name in [
+        "anchor",
+        "callback",
+        "checks",
+        "config",
+        "drift_callback",
+        "evidence",
+        "gradients",
+        "regularizer",
+        "resume",
+    ]
 }
 
 

@@ -47,7 +47,9 @@ def project(*, adapter: str, base: str, budget: float, output_dir: Path, fisher:
 
     layers = adapted_layers(model)
     before = DriftReport.measure(model, statistics)
-    strength = write_projected(folder, output_dir, layers, statistics, budget)  # and the model has the weights of the file
+    strength = write_projected(
+        folder, output_dir, layers, statistics, budget
+    )  # and the model has the weights of the file
     after = DriftReport.measure(model, statistics)
     after.metadata["projected"] = {"budget": budget, "strength": strength, "drift_before": before.mean_relative_drift}
     after.adapter_sha256 = sha256(output_dir / ADAPTER_FILE)

@@ -1,26 +1,19 @@
-"""The page: three rooms over the same models."""
+"""The page: three tabs over the same models."""
 
 import os
-from html import escape
 from importlib.resources import files
 from typing import Any
 
 import gradio as gr
 from gradio.themes.utils.fonts import LocalFont
 
-from ..space import driftcaps_room, side_by_side_room
-from .drift_map import MEASURES, map_html
 from .endpoints import add_endpoints
 from .models import Model, Models
-from .side_by_side import idle, notice_html, panes_html
+from .side_by_side import idle
+from .tabs import HIDDEN, drift_map_tab, driftcaps_tab, map_html, notice, panes_html, side_by_side_tab
+from .views import render
 
 
-HEADER = """
-<div class="agl-header">
-<h1>Does it still refuse?</h1>
-<p>Fine-tuning can wear off what a model learned to decline. Ask a base model and its fine-tuned adapters the same question, and see.</p>
-</div>
-"""
 ABOUT = """
 The default is the embedded model of [agl_trl](https://huggingface.co/papers/2508.02079): one million parameters, a template grammar for a language, and two adapters that
 learned the same harmless task, one plainly and one with AlignGuard-LoRA (AGL). It shows what a method does on a model that can lose its refusals, not how much it helps on a large one.
@@ -47,16 +40,15 @@ def build_app(base: str | None = None, adapter: str | None = None) -> gr.Blocks:
     models = Models(base, adapter, hosted="SPACE_ID" in os.environ)
     models.own.warm_up()
     with gr.Blocks(title="Does it still refuse?", analytics_enabled=False, delete_cache=(3600, 3600)) as app:
-        gr.HTML(HEADER)
+        gr.HTML(render("header"))
         names, base_box, adapter_box, load = _model_bar(models)
         with gr.Tabs():
             with gr.Tab("Side by side", id="side-by-side"):
-                panes, settings = side_by_side_room.build(models, base_box, adapter_box)
+                panes, settings = side_by_side_tab(models, base_box, adapter_box)
             with gr.Tab("DriftCaps run", id="driftcaps"):
-                driftcaps_room.build(models, base_box, adapter_box)
+                driftcaps_tab(models, base_box, adapter_box)
             with gr.Tab("Drift map", id="drift-map"):
-                measure = gr.Radio(list(MEASURES), value="Relative drift", label="Colour shows", elem_id="measure")
-                drift = gr.HTML(map_html(models.own, "Relative drift"), elem_id="drift-map")
+                measure, drift = drift_map_tab(models, base_box, adapter_box)
         with gr.Accordion("What this is, and what it is not", open=False):
             gr.Markdown(ABOUT)
 
@@ -64,30 +56,23 @@ def build_app(base: str | None = None, adapter: str | None = None) -> gr.Blocks:
             try:
                 model = models.get(base, adapter)
             except ValueError as error:
-                told = notice_html(f"{error} Nothing was changed.")
+                told = notice(f"{error} Nothing was changed.")
                 return told, panes_html(idle(models.own)), map_html(models.own, measure)
-            return names_html(model), panes_html(idle(model)), map_html(model, measure)
+            return _names_html(model), panes_html(idle(model)), map_html(model, measure)
 
-        def redraw(base: str, adapter: str, measure: str) -> str:
-            try:
-                return map_html(models.get(base, adapter), measure)
-            except ValueError as error:
-                return notice_html(str(error))
-
-        hidden: Any = dict(api_visibility="private", show_progress="hidden")
+        minimal: Any = HIDDEN | dict(show_progress="minimal")
         loading: Any = dict(fn=show, inputs=[base_box, adapter_box, measure], outputs=[names, panes, drift])
-        load.click(**loading, **hidden | dict(show_progress="minimal"), concurrency_id="loading")
-        adapter_box.submit(**loading, **hidden | dict(show_progress="minimal"), concurrency_id="loading")
-        measure.change(redraw, [base_box, adapter_box, measure], drift, **hidden)
+        load.click(**loading, **minimal, concurrency_id="loading")
+        adapter_box.submit(**loading, **minimal, concurrency_id="loading")
         # What a link carries is read in the browser; models are loaded only where it names some.
         carried = [*settings, base_box, adapter_box]
-        restored = app.load(None, carried, carried, js="(...values) => aglRestore(...values)", **hidden)
+        restored = app.load(None, carried, carried, js="(...values) => aglRestore(...values)", **HIDDEN)
         restored.then(
             lambda base, adapter, measure: show(base, adapter, measure) if base or adapter else (gr.skip(),) * 3,
             [base_box, adapter_box, measure],
             [names, panes, drift],
             concurrency_id="loading",
-            **hidden,
+            **HIDDEN,
         )
         add_endpoints(models)
     return app.queue(default_concurrency_limit=1, max_size=64)
@@ -120,16 +105,12 @@ def launch_options() -> dict[str, Any]:
     }
 
 
-def names_html(model: Model) -> str:
-    shown = "".join(
-        f'<li class="agl-side-{side.key}"><i></i><b>{side.title}</b> {escape(side.detail)}</li>'
-        for side in model.sides
-    )
-    return f'<ul class="agl-legend agl-names">{shown}</ul>'
+def _names_html(model: Model) -> str:
+    return render("names", sides=model.sides)
 
 
 def _model_bar(models: Models) -> tuple[gr.HTML, gr.Textbox, gr.Textbox, gr.Button]:
-    names = gr.HTML(names_html(models.own), elem_id="models")
+    names = gr.HTML(_names_html(models.own), elem_id="models")
     with gr.Accordion("Compare other models", open=False), gr.Row(equal_height=True, elem_classes="agl-models"):
         base = gr.Textbox(
             label="Base model", placeholder="from the adapter's configuration", max_length=200, elem_id="base"

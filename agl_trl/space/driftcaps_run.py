@@ -1,34 +1,45 @@
-"""A prompt set through every side: refusals by category with intervals, every verdict in a table, files to take along."""
+"""A prompt set through every side: refusals by category with intervals, every verdict, files to take along."""
 
 import base64
 import csv
 import io
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from functools import cache
-from html import escape
-from typing import Any
+from typing import Any, NamedTuple
 
 from datasets import Dataset
 
 from ..data.prompts import load_prompts, spread
 from ..evaluation.behaviour import Rate
-from ..evaluation.judges import StringJudge
+from ..evaluation.refusal import judge
 from .models import Models, Side
-from .questions import LONGEST_ANSWER
-from .side_by_side import VERDICTS
+from .questions import LONGEST_ANSWER, SETS, checked_number
 
 
-SETS = {"Embedded world": "miniworld", "DriftCaps": "driftcaps"}  # by what they are called in the app
 MOST_PROMPTS = 240
 BATCH = 16
-FILTERS = ("All", "Models differ", "Unsafe, not refused", "Harmless, refused")
+# Rows to show, by what they should be and which sides refused.
+FILTERS: dict[str, Callable[[str, list[bool]], bool]] = {
+    "All": lambda expected, refused: True,
+    "Models differ": lambda expected, refused: len({*refused}) > 1,
+    "Unsafe, not refused": lambda expected, refused: expected == "refuse" and not all(refused),
+    "Harmless, refused": lambda expected, refused: expected == "comply" and any(refused),
+}
 
 
 @cache
 def prompt_set(name: str) -> Dataset:
-    """One of [`SETS`], with every look-alike and everyday category under one name."""
+    """
+    Prompts to ask, with every look-alike and everyday category under one name.
+
+    Args:
+        name (`str`): One of [`SETS`].
+
+    Raises:
+        `ValueError`: If there is no such set.
+    """
     if name not in SETS:
         raise ValueError(f"There is no prompt set '{name[:40]}': choose {' or '.join(SETS)}.")
     rows = load_prompts(SETS[name])
@@ -46,38 +57,59 @@ def _family(category: str) -> str:
 
 @cache
 def categories(name: str) -> tuple[str, ...]:
+    """Categories of a prompt set, the unsafe ones first."""
     rows = prompt_set(name)
     unsafe = {c for c, u in zip(rows["category"], rows["unsafe"], strict=True) if u}
     return (*sorted(unsafe), *sorted({*rows["category"]} - unsafe))
 
 
+class SideRate(NamedTuple):
+    """Refusal rate of a side with the bounds of its Wilson 95 % interval."""
+
+    side: Side
+    rate: Rate
+    low: float
+    high: float
+
+
+class Group(NamedTuple):
+    """Refusal rates on the prompts that should be refused, or on those that should be answered."""
+
+    expected: str
+    categories: dict[str, list[SideRate]]
+    overall: list[SideRate]
+
+
 @dataclass
 class Result:
-    """What is known so far of a run: a row per prompt that every side has answered."""
+    """
+    What is known so far of a run.
+
+    Args:
+        sides (`list[Side]`): Who is asked.
+        total (`int`): Number of prompts.
+        rows (`list[dict[str, Any]]`): One per prompt that every side has answered.
+    """
 
     sides: list[Side]
     total: int
     rows: list[dict[str, Any]] = field(default_factory=list)
 
-    def rates(self) -> dict[str, dict[str, Rate]]:
-        """Refusal rate by category and key of the side, in the order of [`categories`]."""
-        names = {row["category"]: row["expected"] for row in self.rows}
-        ordered = sorted(names, key=lambda name: (names[name] == "comply", name))
-        return {
-            name: {
-                side.key: self._rate(side, [row for row in self.rows if row["category"] == name])
-                for side in self.sides
-            }
-            for name in ordered
-        }
+    def groups(self) -> list[Group]:
+        """Unsafe prompts, then harmless ones, as far as there are any; categories by name."""
+        found = []
+        for expected in ("refuse", "comply"):
+            rows = [row for row in self.rows if row["expected"] == expected]
+            names = sorted({row["category"] for row in rows})
+            by_category = {name: self._rates([row for row in rows if row["category"] == name]) for name in names}
+            if rows:
+                found.append(Group(expected, by_category, self._rates(rows)))
+        return found
 
-    def overall(self, expected: str) -> dict[str, Rate] | None:
-        rows = [row for row in self.rows if row["expected"] == expected]
-        return {side.key: self._rate(side, rows) for side in self.sides} if rows else None
-
-    @staticmethod
-    def _rate(side: Side, rows: list[dict[str, Any]]) -> Rate:
-        return Rate(sum(row[f"label_{side.key}"] == "refusal" for row in rows), len(rows))
+    def _rates(self, rows: list[dict[str, Any]]) -> list[SideRate]:
+        counts = {side: sum(row[f"label_{side.key}"] == "refusal" for row in rows) for side in self.sides}
+        rates = {side: Rate(count, len(rows)) for side, count in counts.items()}
+        return [SideRate(side, rate, *rate.interval) for side, rate in rates.items()]
 
 
 def run(
@@ -86,37 +118,39 @@ def run(
     """
     The result after every batch; all decoding is greedy.
 
+    Args:
+        models ([`Models`]): What the app has loaded.
+        name (`str`): One of [`SETS`].
+        chosen (`list[str]`): Categories to ask; none: all.
+        number (`float`): Number of prompts, spread over the categories.
+        length (`float`): Longest answer in tokens.
+        base, adapter (`str`): Names of the models; empty: the app's own.
+
     Raises:
         `ValueError`: If the request can't be answered.
     """
     rows, known = prompt_set(name), categories(name)
     if unknown := [category for category in chosen or () if category not in known]:
         raise ValueError(f"There is no category '{str(unknown[0])[:40]}' in {name}: choose among {', '.join(known)}.")
-    if number is None or not 1 <= number <= MOST_PROMPTS:
-        raise ValueError(f"The number of prompts must be between 1 and {MOST_PROMPTS}.")
-    if length is None or not 1 <= length <= LONGEST_ANSWER:
-        raise ValueError(f"The length must be between 1 and {LONGEST_ANSWER}.")
+    limit = int(checked_number("number of prompts", number, 1, MOST_PROMPTS))
+    longest = int(checked_number("length", length, 1, LONGEST_ANSWER))
     model = models.get(base, adapter)
     if chosen:
         rows = rows.select([i for i, category in enumerate(rows["category"]) if category in chosen])
-    rows = spread(rows, int(number))
+    rows = spread(rows, limit)
     result = Result(model.sides, len(rows))
     yield result
-    for start in range(0, len(rows), BATCH):
-        batch = rows.select(range(start, min(start + BATCH, len(rows))))
+    for batch in rows.iter(BATCH):
         questions = [prompt[-1]["content"] for prompt in batch["prompt"]]
         found: list[dict[str, Any]] = [
-            {
-                "id": row["id"],
-                "category": row["category"],
-                "expected": "refuse" if row["unsafe"] else "comply",
-                "prompt": q,
-            }
-            for row, q in zip(batch, questions, strict=True)
+            {"id": id_, "category": category, "expected": "refuse" if unsafe else "comply", "prompt": question}
+            for id_, category, unsafe, question in zip(
+                batch["id"], batch["category"], batch["unsafe"], questions, strict=True
+            )
         ]
         for side in model.sides:
-            texts = model.answer_all(side, list(batch["prompt"]), int(length))
-            for row, text, verdict in zip(found, texts, StringJudge()(questions, texts), strict=True):
+            for row, text in zip(found, model.answer_all(side, batch["prompt"], longest), strict=True):
+                verdict = judge(row["prompt"], text)
                 row[f"label_{side.key}"], row[f"reason_{side.key}"] = verdict.label, verdict.reason
                 row[f"answer_{side.key}"] = text
         result.rows += found
@@ -126,131 +160,63 @@ def run(
 def summary(result: Result) -> dict[str, Any]:
     """A run for programs: every row, and rates with Wilson 95 % intervals."""
 
-    def told(rates: dict[str, Rate]) -> dict[str, Any]:
+    def told(rates: list[SideRate]) -> dict[str, Any]:
         return {
             side.title: {
-                "refused": rates[side.key].count,
-                "of": rates[side.key].total,
-                "interval": [round(float(bound), 4) for bound in rates[side.key].interval],
+                "refused": rate.count,
+                "of": rate.total,
+                "interval": [round(float(low), 4), round(float(high), 4)],
             }
-            for side in result.sides
+            for side, rate, low, high in rates
         }
 
-    unsafe, safe = result.overall("refuse"), result.overall("comply")
+    groups = result.groups()
+    overall = {group.expected: told(group.overall) for group in groups}
     return {
-        "categories": {name: told(rates) for name, rates in result.rates().items()},
-        "unsafe": unsafe and told(unsafe),
-        "harmless": safe and told(safe),
+        "categories": {name: told(rates) for group in groups for name, rates in group.categories.items()},
+        "unsafe": overall.get("refuse"),
+        "harmless": overall.get("comply"),
         "rows": result.rows,
     }
 
 
-def progress_html(result: Result, ended: bool) -> str:
-    done, total = len(result.rows), result.total
-    told = f"{done} prompts, {len(result.sides)} answers each" if ended else f"{done} of {total} prompts"
-    return (
-        f'<div class="agl-progress" role="progressbar" aria-label="Prompts answered" aria-valuemin="0" aria-valuemax="{total}" '
-        f'aria-valuenow="{done}"><div><i style="width:{100 * done / total:.1f}%"></i></div><span>{told}</span></div>'
-    )
+def select_rows(result: Result, shown: str, words: str) -> list[dict[str, Any]]:
+    """
+    Rows that pass the filters.
+
+    Args:
+        result ([`Result`]): The run.
+        shown (`str`): One of [`FILTERS`].
+        words (`str`): Text that must be in a prompt, category, verdict or answer.
+    """
+    words = words.strip().lower()[:200]
+    found = []
+    for row in result.rows:
+        refused = [row[f"label_{side.key}"] == "refusal" for side in result.sides]
+        text = " ".join(str(value) for key, value in row.items() if not key.startswith("reason"))
+        if words in text.lower().replace("_", " ") and FILTERS[shown](row["expected"], refused):
+            found.append(row)
+    return found
 
 
-def chart_html(result: Result) -> str:
-    """Dots with their Wilson 95 % intervals, a line per category; drawn as text and boxes, so that it fits every width."""
-    if not result.rows:
-        return ""
-    legend = "".join(f'<li class="agl-side-{s.key}"><i></i>{escape(s.title)}</li>' for s in result.sides)
-    groups = []
-    by_category = result.rates()
-    expected = {row["category"]: row["expected"] for row in result.rows}
-    for wanted, title, better in (
-        ("refuse", "Unsafe requests refused", "higher is better"),
-        ("comply", "Harmless requests refused", "lower is better"),
-    ):
-        overall = result.overall(wanted)
-        if overall is None:
-            continue
-        names = [name for name in by_category if expected[name] == wanted]
-        lines = [_line(name.replace("_", " "), by_category[name], result.sides) for name in names]
-        total = [_line("all", overall, result.sides, strong=True)] if len(names) > 1 else []
-        axis = '<div class="agl-axis" aria-hidden="true"><span></span><span><i>0 %</i><i>50 %</i><i>100 %</i></span></div>'
-        groups.append(f"<h4>{title} <small>{better}</small></h4>{''.join(total + lines)}{axis}")
-    note = "Dots are shares of refusals, bars their 95 % Wilson intervals; all answers are decoded greedily."
-    return f'<figure class="agl-chart"><ul class="agl-legend">{legend}</ul>{"".join(groups)}<figcaption>{note}</figcaption></figure>'
+class Download(NamedTuple):
+    """A file that travels inside its own address."""
+
+    kind: str
+    address: str
 
 
-def _line(name: str, rates: dict[str, Rate], sides: list[Side], strong: bool = False) -> str:
-    marks, told = [], []
-    for side in sides:
-        rate = rates[side.key]
-        low, high = rate.interval
-        told.append(f"{side.title}: {rate.count} of {rate.total} ({rate.value:.0%}, interval {low:.0%} to {high:.0%})")
-        marks.append(
-            f'<span class="agl-mark agl-side-{side.key}"><i style="left:{100 * low:.2f}%;width:{100 * (high - low):.2f}%"></i>'
-            f'<b style="left:{100 * rate.value:.2f}%"></b></span>'
-        )
-    text = escape("; ".join(told))
-    count = rates[sides[0].key].total
-    return (
-        f'<div class="agl-line{" agl-all" if strong else ""}" title="{text}"><span class="agl-name">{escape(name)} <small>{count}</small></span>'
-        f'<span class="agl-track" role="img" aria-label="{text}">{"".join(marks)}</span></div>'
-    )
-
-
-def table_html(result: Result | None, shown: str, words: str) -> str:
-    """Verdicts of every prompt that passes the filter; answers unfold one by one, as some may be unsafe."""
-    if result is None:
-        return ""
-    chosen = [row for row in result.rows if _passes(row, result.sides, shown, (words or "").strip().lower()[:200])]
-    told = f'<p class="agl-hint" role="status">{len(chosen)} of {len(result.rows)} prompts</p>'
-    if not chosen:
-        return told
-    head = "".join(
-        f'<th scope="col">{escape(title)}</th>' for title in ("Prompt", *(side.title for side in result.sides))
-    )
-    lines = "".join(_row_html(row, result.sides) for row in chosen)
-    return (
-        f'{told}<div class="agl-scroll agl-tall" tabindex="0" role="region" aria-label="Verdicts">'
-        f'<table class="agl-table"><thead><tr>{head}</tr></thead><tbody>{lines}</tbody></table></div>'
-    )
-
-
-def _row_html(row: dict[str, Any], sides: list[Side]) -> str:
-    should = "should refuse" if row["expected"] == "refuse" else "should answer"
-    cells = []
-    for side in sides:
-        label = row[f"label_{side.key}"]
-        answer = escape(row[f"answer_{side.key}"]) or "(no words)"
-        cells.append(
-            f'<td data-title="{escape(side.title)}"><details><summary><span class="agl-badge agl-{label}">{VERDICTS[label]}</span></summary>'
-            f"<p>{answer}</p></details></td>"
-        )
-    about = f"<small>{escape(row['category'].replace('_', ' '))} · {should}</small>"
-    return f'<tr data-expected="{row["expected"]}"><th scope="row">{escape(row["prompt"])}{about}</th>{"".join(cells)}</tr>'
-
-
-def _passes(row: dict[str, Any], sides: list[Side], shown: str, words: str) -> bool:
-    refused = [row[f"label_{side.key}"] == "refusal" for side in sides]
-    text = " ".join(str(value) for key, value in row.items() if not key.startswith("reason")).lower()
-    return words in text.replace("_", " ") and {
-        "All": True,
-        "Models differ": len({*refused}) > 1,
-        "Unsafe, not refused": row["expected"] == "refuse" and not all(refused),
-        "Harmless, refused": row["expected"] == "comply" and any(refused),
-    }.get(shown, True)
-
-
-def files_html(result: Result) -> str:
-    """Links that carry their file: nothing is written on the server."""
-    links = []
-    for name, mime, text in (("CSV", "text/csv", as_csv(result)), ("JSONL", "application/jsonl", as_jsonl(result))):
-        data = base64.b64encode(text.encode()).decode()
-        links.append(
-            f'<a class="agl-file" download="refusals.{name.lower()}" href="data:{mime};charset=utf-8;base64,{data}">Download {name}</a>'
-        )
-    return f'<div class="agl-files">{"".join(links)}</div>'
+def downloads(result: Result) -> list[Download]:
+    """A run as files."""
+    files = (("CSV", "text/csv", as_csv(result)), ("JSONL", "application/jsonl", as_jsonl(result)))
+    return [
+        Download(kind, f"data:{mime};charset=utf-8;base64,{base64.b64encode(text.encode()).decode()}")
+        for kind, mime, text in files
+    ]
 
 
 def as_csv(result: Result) -> str:
+    """The rows for a spreadsheet."""
     file = io.StringIO()
     writer = csv.DictWriter(file, list(result.rows[0]), lineterminator="\n")
     writer.writeheader()
@@ -262,4 +228,5 @@ def as_csv(result: Result) -> str:
 
 
 def as_jsonl(result: Result) -> str:
+    """The rows for programs."""
     return "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in result.rows)

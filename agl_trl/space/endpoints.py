@@ -1,11 +1,12 @@
 """The same for programs: endpoints with names, JSON in and out."""
 
 from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import gradio as gr
 
-from ..space import drift_map, driftcaps_run, side_by_side
+from . import drift_map, driftcaps_run, side_by_side
 from .models import Models
 from .zero_gpu import on_gpu
 
@@ -21,10 +22,8 @@ def add_endpoints(models: Models) -> None:
             base: Base model on the Hub; empty: the one that the adapter names.
             adapter: Adapter on the Hub; empty: the app's own.
         """
-        try:
+        with _in_a_sentence():
             return [{"model": side.title, "detail": side.detail} for side in models.get(base, adapter).sides]
-        except ValueError as error:
-            raise _told(error) from error
 
     def answers(
         prompt: str, temperature: float = 0.0, seed: int = 0, length: int = 64, base: str = "", adapter: str = ""
@@ -40,11 +39,9 @@ def add_endpoints(models: Models) -> None:
             base: Base model on the Hub; empty: the one that the adapter names.
             adapter: Adapter on the Hub; empty: the app's own.
         """
-        try:
+        with _in_a_sentence():
             for panes in side_by_side.answers(models, prompt, temperature, seed, length, base, adapter):
                 yield [pane.as_json() for pane in panes]
-        except ValueError as error:
-            raise _told(error) from error
 
     def driftcaps(
         prompt_set: str = "DriftCaps",
@@ -65,11 +62,9 @@ def add_endpoints(models: Models) -> None:
             base: Base model on the Hub; empty: the one that the adapter names.
             adapter: Adapter on the Hub; empty: the app's own.
         """
-        try:
+        with _in_a_sentence():
             for result in driftcaps_run.run(models, prompt_set, categories or [], number, length, base, adapter):
                 yield driftcaps_run.summary(result)
-        except ValueError as error:
-            raise _told(error) from error
 
     def drift(base: str = "", adapter: str = "") -> list[dict[str, Any]]:
         """
@@ -79,10 +74,8 @@ def add_endpoints(models: Models) -> None:
             base: Base model on the Hub; empty: the one that the adapter names.
             adapter: Adapter on the Hub; empty: the app's own.
         """
-        try:
+        with _in_a_sentence():
             return drift_map.summary(models.get(base, adapter))
-        except ValueError as error:
-            raise _told(error) from error
 
     gr.api(models_of, api_name="models", concurrency_id="loading")
     gr.api(on_gpu(answers), api_name="answers", concurrency_id="answers")
@@ -90,5 +83,10 @@ def add_endpoints(models: Models) -> None:
     gr.api(drift, api_name="drift_map", concurrency_id="loading")
 
 
-def _told(error: ValueError) -> gr.Error:
-    return gr.Error(str(error), print_exception=False)
+@contextmanager
+def _in_a_sentence() -> Iterator[None]:
+    """What is wrong with a request goes to who sent it, and not into the log."""
+    try:
+        yield
+    except ValueError as error:
+        raise gr.Error(str(error), print_exception=False) from error

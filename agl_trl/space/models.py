@@ -3,8 +3,8 @@
 import json
 import os
 import threading
-from collections import OrderedDict
 from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,7 +22,6 @@ from .questions import Decoding
 
 ADAPTERS = Path(__file__).parent / "adapters"
 EMBEDDED = "miniworld"
-VISITED = 1  # models of visitors that stay loaded beside the app's own
 LARGEST_BASE, LARGEST_ADAPTER = 8e9, 2e9  # bytes, of a model that a visitor of a Space names
 _BASE_FILES = ["*.safetensors", "*.json", "*.jinja", "*.txt", "tokenizer.model"]  # no pickles and no code
 _ADAPTER_FILES = ["adapter_config.json", ADAPTER_FILE, f"{FOLDER}/*.safetensors"]
@@ -57,6 +56,8 @@ class Model:
     def __init__(self, model: PeftModel, tokenizer: PreTrainedTokenizerBase, sides: list[Side], embedded: bool):
         self.tokenizer, self.sides, self.embedded = tokenizer, sides, embedded
         self._model, self._lock = model.eval(), threading.Lock()
+        self._current: Side | None = None
+        self._adapters_off = ExitStack()  # holds PEFT's context while the base is the current side
         # `load_adapter` calls its adapter "default"; further ones have the names of their sides.
         self._names = {side.key: side.key if side.key in model.peft_config else "default" for side in sides[1:]}
         settings = model.config.get_text_config().to_dict()
@@ -70,10 +71,15 @@ class Model:
         """
         The answer as it grows, and its tokens so far.
 
+        Args:
+            side ([`Side`]): Who answers.
+            prompt (`str`): The question.
+            decoding ([`Decoding`]): How.
+
         Raises:
             `ValueError`: If the prompt leaves no room for an answer.
         """
-        ids = self._encode(prompt)
+        ids = prompt_ids(self.tokenizer, self._asked([{"role": "user", "content": prompt}]))
         room = decoding.length if self.context is None else min(decoding.length, self.context - len(ids))
         if room < 1:
             raise ValueError(f"The prompt has {len(ids)} tokens and this model reads {self.context}: shorten it.")
@@ -81,8 +87,8 @@ class Model:
         generator = torch.Generator(device).manual_seed(decoding.seed)
         inputs, cache, written = torch.tensor([ids], device=device), None, list[int]()
         while len(written) < room:
-            with self._lock, torch.inference_mode():
-                output = self._forward(side, input_ids=inputs, past_key_values=cache, use_cache=True)
+            with self._as(side):
+                output = self._model(input_ids=inputs, past_key_values=cache, use_cache=True)
             token = _choose(output.logits[0, -1].float(), decoding.temperature, generator)
             if token in self._ends:
                 break
@@ -91,11 +97,17 @@ class Model:
             # A character of several tokens is not shown before it is whole.
             yield self.tokenizer.decode(written, skip_special_tokens=True).rstrip("\ufffd").lstrip(), len(written)
 
-    def answer_all(self, side: Side, prompts: list[Any], length: int) -> list[str]:
-        """Greedy answers to a batch of conversations."""
-        plain = self.tokenizer.chat_template is None
-        asked = [prompt[-1]["content"] for prompt in prompts] if plain else prompts
-        with self._lock, self._switched(side):
+    def answer_all(self, side: Side, prompts: list[list[dict[str, str]]], length: int) -> list[str]:
+        """
+        Greedy answers to a batch.
+
+        Args:
+            side ([`Side`]): Who answers.
+            prompts (`list[list[dict[str, str]]]`): Conversations.
+            length (`int`): Longest answer in tokens.
+        """
+        asked = [self._asked(prompt) for prompt in prompts]
+        with self._as(side):
             return generate_answers(
                 self._model, self.tokenizer, asked, max_new_tokens=length, batch_size=len(asked), progress=False
             )
@@ -106,19 +118,22 @@ class Model:
             for _ in self.stream(side, "Hello", Decoding(length=1)):
                 pass
 
-    def _encode(self, prompt: str) -> list[int]:
-        plain = self.tokenizer.chat_template is None
-        return prompt_ids(self.tokenizer, prompt if plain else [{"role": "user", "content": prompt}])
+    def _asked(self, conversation: list[dict[str, str]]) -> Any:
+        """A conversation, or the words of its last turn where there is no chat template to write it with."""
+        return conversation[-1]["content"] if self.tokenizer.chat_template is None else conversation
 
-    def _forward(self, side: Side, **inputs: Any) -> Any:
-        with self._switched(side):
-            return self._model(**inputs)
-
-    def _switched(self, side: Side) -> Any:
-        if side.folder is not None:
-            self._model.set_adapter(self._names[side.key], inference_mode=True)
-            return torch.inference_mode()
-        return self._model.disable_adapter()
+    @contextmanager
+    def _as(self, side: Side) -> Iterator[None]:
+        """The model as this side, for nobody else meanwhile. PEFT walks all layers to switch: only where it has to."""
+        with self._lock, torch.inference_mode():
+            if side != self._current:
+                self._adapters_off.close()
+                if side.folder is None:
+                    self._adapters_off.enter_context(self._model.disable_adapter())
+                else:
+                    self._model.set_adapter(self._names[side.key], inference_mode=True)
+                self._current = side
+            yield
 
 
 def _choose(logits: torch.Tensor, temperature: float, generator: torch.Generator) -> int:
@@ -143,12 +158,15 @@ class Models:
             raise ValueError(f"Name an adapter too: '{base}' alone is nothing to compare.")
         self.hosted = hosted
         self.own = _embedded() if not adapter else _load(base or "", adapter, _Access())
-        self._visited: OrderedDict[tuple[str, str], Model] = OrderedDict()
+        self._visited: dict[tuple[str, str], Model] = {}  # the last that a visitor named stays loaded
         self._loading = threading.Lock()
 
     def get(self, base: str = "", adapter: str = "") -> Model:
         """
         The model of a request; the app's own where nothing is named.
+
+        Args:
+            base, adapter (`str`): Names, as they were sent; of the base by default what the adapter names.
 
         Raises:
             `ValueError`: One sentence where it can't be had; the models that are loaded stay as they are.
@@ -165,10 +183,7 @@ class Models:
             return found
         with self._loading:
             if key not in self._visited:
-                model = _load(*key, _Access.of_visitor() if self.hosted else _Access())
-                while len(self._visited) >= VISITED:
-                    self._visited.popitem(last=False)
-                self._visited[key] = model
+                self._visited = {key: _load(*key, _Access.of_visitor() if self.hosted else _Access())}
             return self._visited[key]
 
 

@@ -4,7 +4,10 @@ import unicodedata
 from dataclasses import dataclass
 from functools import cache
 
+from ..data.prompts import load_prompts
 
+
+SETS = {"Embedded world": "miniworld", "DriftCaps": "driftcaps"}  # test prompts, by what they are called in the app
 LONGEST_PROMPT = 2000  # characters
 LONGEST_ANSWER = 512  # tokens
 HOTTEST = 2.0
@@ -21,27 +24,46 @@ class Decoding:
     length: int = 64
 
 
+def checked_number(what: str, value: float, low: float, high: float) -> float:
+    """
+    A number of a request.
+
+    Args:
+        what (`str`): What it is, for the sentence.
+        value (`float`): The number, as it was sent.
+        low, high (`float`): Its bounds, both allowed.
+
+    Raises:
+        `ValueError`: If it is missing or out of bounds.
+    """
+    if value is None or not low <= value <= high:  # NaN is within no bounds
+        raise ValueError(f"The {what} must be between {low} and {high:g}.")
+    return value
+
+
 def checked_decoding(temperature: float, seed: float, length: float) -> Decoding:
     """
     Settings of a request.
 
+    Args:
+        temperature, seed, length (`float`): As they were sent.
+
     Raises:
-        `ValueError`: If one is missing or out of its range.
+        `ValueError`: If one is missing or out of its bounds.
     """
-    values = (
-        ("temperature", temperature, 0, HOTTEST),
-        ("seed", seed, 0, LARGEST_SEED),
-        ("length", length, 1, LONGEST_ANSWER),
+    return Decoding(
+        float(checked_number("temperature", temperature, 0, HOTTEST)),
+        int(checked_number("seed", seed, 0, LARGEST_SEED)),
+        int(checked_number("length", length, 1, LONGEST_ANSWER)),
     )
-    for name, value, low, high in values:
-        if value is None or not low <= value <= high:  # NaN is in no range
-            raise ValueError(f"The {name} must be between {low} and {high:g}.")
-    return Decoding(float(temperature), int(seed), int(length))
 
 
 def checked_prompt(prompt: str) -> str:
     """
     The prompt without control characters.
+
+    Args:
+        prompt (`str`): As it was sent.
 
     Raises:
         `ValueError`: If it is too long, or nothing is left of it.
@@ -63,10 +85,7 @@ def _is_text(character: str) -> bool:
 
 @cache
 def _known() -> dict[str, bool]:
-    from ..data.prompts import load_prompts
-
-    rows = [row for name in ("miniworld", "driftcaps") for row in load_prompts(name)]
-    return {row["prompt"][-1]["content"]: row["unsafe"] for row in rows}
+    return {row["prompt"][-1]["content"]: row["unsafe"] for name in SETS.values() for row in load_prompts(name)}
 
 
 def known_unsafe(prompt: str) -> bool | None:

@@ -1,4 +1,4 @@
-"""Other models than the app's own: from the Hub, from variables, broken, private, too large, without a report."""
+"""Other models than the app's own: from the Hub, from this machine, broken, private, too large."""
 
 import shutil
 from pathlib import Path
@@ -7,9 +7,10 @@ import pytest
 from huggingface_hub import HfApi
 
 from agl_trl.artifacts.files import ADAPTER_FILE
-from agl_trl.space import build_app, drift_map
 from agl_trl.space.models import ADAPTERS, EMBEDDED, Models
+from agl_trl.space.questions import Decoding
 from agl_trl.space.side_by_side import EXAMPLES, answers
+from agl_trl.space.tabs import map_html
 
 
 UNSAFE = EXAMPLES[0][1]
@@ -25,7 +26,7 @@ def test_adapter_from_the_hub_has_two_panes(hub, online):
     models = Models(hosted=True)
     *_, panes = answers(models, UNSAFE, 0.0, 0, 48, "", "alice/adapter")
     assert [pane.verdict.label for pane in panes] == ["refusal", "refusal"] and panes[1].side.detail == "alice/adapter"
-    assert "<h4>Relative drift by layer" in drift_map.map_html(models.get("", "alice/adapter"), "Relative drift")
+    assert "<h4>Relative drift by layer" in map_html(models.get("", "alice/adapter"), "Relative drift")
     *_, own = answers(models, UNSAFE, 0.0, 0, 48, "", "")
     assert len(own) == 3
     assert Models(EMBEDDED, "alice/adapter").own.sides[1].detail == "alice/adapter"
@@ -61,19 +62,25 @@ def test_giants_are_refused_before_they_are_loaded(hub, online, monkeypatch):
         Models(hosted=True).get(EMBEDDED, "alice/adapter")
 
 
-def test_drift_map_says_what_is_wrong_with_a_report(tmp_path):
-    for name in ("none", "other"):
-        shutil.copytree(ADAPTERS / "agl", tmp_path / name)
-    shutil.rmtree(tmp_path / "none" / "agl")
-    shutil.copy(ADAPTERS / "plain" / ADAPTER_FILE, tmp_path / "other")
-    for name, said in (("none", "has no drift report"), ("other", "report is of another adapter")):
-        shown = drift_map.map_html(Models(EMBEDDED, str(tmp_path / name)).own, "Relative drift")
-        assert said in shown and "agl-notice" in shown and "agl-heat" not in shown
+def test_local_folder_with_the_name_of_a_repo_is_not_read(models, tmp_path, monkeypatch):
+    shutil.copytree(ADAPTERS / "agl", tmp_path / "alice" / "adapter")
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ValueError, match="does not name a repo"):
+        models.get(EMBEDDED, "alice/adapter")
+    own = Models()
+    named = own.get(EMBEDDED, "alice/adapter")  # on a machine of one's own it is
+    assert len(named.sides) == 2 and own.get(EMBEDDED, " alice/adapter") is named  # and stays loaded
+    shutil.copytree(ADAPTERS / "plain", tmp_path / "alice" / "other")
+    with pytest.raises(ValueError):
+        own.get(EMBEDDED, "alice/none/such")
+    assert own.get(EMBEDDED, "alice/adapter") is named
+    own.get(EMBEDDED, "alice/other")
+    assert own.get(EMBEDDED, "alice/adapter") is not named  # until the next one is
+    assert own.get() is own.own
 
 
-def test_variables_name_the_models(monkeypatch):
-    monkeypatch.setenv("ADAPTER", str(ADAPTERS / "plain"))
-    assert "agl-of-2" in str(build_app().get_config_file())
-    monkeypatch.setenv("ADAPTER", "nobody/nothing")
-    with pytest.raises(ValueError, match="Can't read 'nobody/nothing'"):
-        build_app()
+def test_a_batch_and_a_stream_say_the_same(models):
+    model, prompt = models.own, [{"role": "user", "content": UNSAFE}]
+    for side in (*model.sides, *reversed(model.sides)):  # each after each other
+        *_, (text, _) = model.stream(side, UNSAFE, Decoding(length=24))
+        assert model.answer_all(side, [prompt], 24) == [text.strip()]
