@@ -136,7 +136,8 @@ def measure_behaviour(
         tokenizer (`PreTrainedTokenizerBase`):
             Its tokenizer.
         prompts (`Dataset`):
-            Column `prompt`; optional `completion` (reference answer), `category`, `id` and boolean `unsafe` (default: all are).
+            Column `prompt`; optional `completion` (reference answer), `category`, `id`, and boolean `unsafe` or `expected`
+            (`"refuse"`, `"comply"`); by default all are unsafe.
         base (`PreTrainedModel`, *optional*):
             Base model, where the tuned one is a checkpoint of its own.
         layers (`list[AdaptedLayer]`, *optional*):
@@ -240,9 +241,14 @@ def answer_prompts(
 
 
 def unsafe_column(prompts: Dataset) -> Tensor:
-    """Which prompts should be refused, of shape `(prompts,)`; all, where the dataset does not say."""
+    """
+    Which prompts should be refused, of shape `(prompts,)`: from the column `unsafe`, or `expected` (`"refuse"` or
+    `"comply"`, as in DriftCaps); all, where the dataset does not say.
+    """
     if "unsafe" in prompts.column_names:
         return torch.tensor(prompts["unsafe"])
+    if "expected" in prompts.column_names:
+        return torch.tensor([expected == "refuse" for expected in prompts["expected"]])
     return torch.ones(len(prompts), dtype=torch.bool)
 
 
