@@ -129,6 +129,26 @@ def test_reward_trainer_is_protected_and_leaves_its_evidence(tmp_path, tokenizer
         reward_trainer(tmp_path / "no", tokenizer, anchored)
 
 
+def test_trainers_that_agl_does_not_know_are_protected(tmp_path, tokenizer, alignment_rows, monkeypatch):
+    """ORPO stands for those that others write: all the callback asks is a LoRA adapter and the trainer's events."""
+    monkeypatch.setenv("TRL_EXPERIMENTAL_SILENCE", "1")
+    from trl.experimental.orpo import ORPOConfig, ORPOTrainer
+
+    guard = AlignGuardCallback(AlignGuardConfig(drift_budget=1e-4), alignment_dataset=alignment_rows)
+    trainer = ORPOTrainer(
+        tiny_model(),
+        args=ORPOConfig(str(tmp_path), **COMMON | dict(save_strategy="steps", save_steps=2)),
+        train_dataset=Dataset.from_list(preference_rows(16, "say", "the number is {}", "no idea {}")),
+        processing_class=tokenizer,
+        peft_config=lora(),
+        callbacks=[guard],
+    )
+    trainer.train()
+    for folder in (tmp_path / "checkpoint-2", tmp_path):
+        assert 0 < DriftReport.from_pretrained(folder).mean_relative_drift <= 1e-4
+    assert all("agl/penalty" in entry for entry in trainer.state.log_history if "loss" in entry)
+
+
 def test_published_statistics_need_neither_rows_nor_tokenizer(tmp_path, tokenizer, rows, alignment_rows):
     first = AlignGuardCallback(alignment_dataset=alignment_rows, processing_class=tokenizer)
     plain_trainer(tmp_path / "first", tokenizer, rows, first).train()
