@@ -107,7 +107,7 @@ class AlignGuardMixin(SavingMixin):
             raise ValueError("Everything of AGL is switched off, so that nothing was measured: use `agl-trl drift`.")
         report = self.align_guard.measure(self.model, self.state, self._step_of_weights)
         if prompts is not None:
-            layers, tokenizer = self.align_guard.layers, self.align_guard.processing_class
+            layers, tokenizer = self.align_guard.layers, self.align_guard.tokenizer
             assert tokenizer is not None, "checked"
             report.behaviour = measure_behaviour(self.model, tokenizer, prompts, layers=layers, **kwargs)
             self._measured = self._step_of_weights, report.behaviour

@@ -26,9 +26,9 @@ from ..fisher.statistics import FisherStatistics
 from ..modeling.generation import answered_by
 from ..modeling.lora import AdaptedLayer, adapted_layers, at_reference, linear_layers, trained_outside_lora
 from .anchor import Anchor
-from .checks import Rows, check_adapter, check_engine, check_processor, check_rows, check_writable, tokenizer_of
+from .checks import Rows, check_adapter, check_engine, check_processor, check_rows, check_writable
 from .config import AlignGuardConfig
-from .evidence import drift_of, save_evidence
+from .evidence import drift_of, save_evidence, sha256_when_saved
 from .gradients import add_anchor, add_gradients, before_step_of_deepspeed, unscale
 from .regularizer import Regularizer, coefficients_of
 from .resume import checkpoint_state, checkpoint_statistics, resumed_from
@@ -92,6 +92,7 @@ class AlignGuardCallback(TrainerCallback):
                 "unsafe requests of DriftCaps' protection split. Pass `alignment_dataset=` or set `fisher_path` to choose."
             )
         self.statistics: FisherStatistics | None = None
+        self.tokenizer: PreTrainedTokenizerBase | None = None  # of the trainer at hand
         self.layers: list[AdaptedLayer] = []
         self.regularizer: Regularizer | None = None
         self.report: DriftReport | None = None
@@ -120,7 +121,7 @@ class AlignGuardCallback(TrainerCallback):
         check_adapter(model)
         processing_class = processing_class if self.processing_class is None else self.processing_class
         check_processor(processing_class)
-        self.processing_class = tokenizer_of(processing_class)
+        self.tokenizer = processing_class
         check_engine(args, self.config, AcceleratorState())
         self.layers = adapted_layers(model)
         if not self.layers:
@@ -131,7 +132,7 @@ class AlignGuardCallback(TrainerCallback):
             logger.warning(
                 f"AGL guards LoRA layers only; {len(outside)} other trainable tensors (such as '{outside[0]}') are free to drift."
             )
-        check_rows(self.config, model, self.processing_class, self.alignment_dataset, args)
+        check_rows(self.config, model, self.tokenizer, self.alignment_dataset, args)
         if self.config.fisher_path is not None:
             self._use(FisherStatistics.from_pretrained(self.config.fisher_path), model)
         model.add_model_tags(TAG)
@@ -176,28 +177,28 @@ class AlignGuardCallback(TrainerCallback):
                     train_rows = train_rows.remove_columns(PROTECTED_COLUMN)  # it marks alignment rows
                 task_statistics = self._estimate(args, model, train_rows)
             if config.anchor_coef > 0:
-                assert self.processing_class is not None, "checked"
-                tokenized = [tokenize_row(row, self.processing_class, config.fisher_max_length) for row in rows]
-                pad = pad_token_id(self.processing_class)
+                assert self.tokenizer is not None, "checked"
+                tokenized = [tokenize_row(row, self.tokenizer, config.fisher_max_length) for row in rows]
+                pad = pad_token_id(self.tokenizer)
                 anchor = Anchor(model, tokenized, pad, config.anchor_every, config.anchor_batch_size, args.seed)
         assert self.statistics is not None
         return Regularizer(config, self.layers, self.statistics, task_statistics, anchor, multiplier, seed=args.seed)
 
     def _answered_rows(self, args: TrainingArguments, model: PeftModel) -> list[dict[str, Any]]:
         """The alignment rows of this run, chosen once; those without an answer get the model's own."""
-        assert self.alignment_dataset is not None and self.processing_class is not None, "checked"
+        assert self.alignment_dataset is not None and self.tokenizer is not None, "checked"
         rows = select_rows(self.alignment_dataset, self.config.fisher_num_samples, args.seed)
         if is_prompt_only(rows[0]):
-            rows = answered_by(model, self.processing_class, rows, not args.disable_tqdm)
+            rows = answered_by(model, self.tokenizer, rows, not args.disable_tqdm)
         return rows
 
     def _estimate(self, args: TrainingArguments, model: PeftModel, rows: Rows) -> FisherStatistics:
         config = self.config
-        assert self.processing_class is not None, "checked"
+        assert self.tokenizer is not None, "checked"
         return estimate_fisher(
             model,
             rows,
-            self.processing_class,
+            self.tokenizer,
             fisher_type=config.fisher_type,
             shrinkage=config.fisher_shrinkage,
             rank=config.fisher_rank,
@@ -283,21 +284,18 @@ class AlignGuardCallback(TrainerCallback):
     def on_save(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: Any = None, **kwargs: Any
     ) -> None:
-        self._save(
-            args, Path(args.output_dir) / f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}", self.measure(model, state)
-        )
+        folder = Path(args.output_dir) / f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}"
+        self._save(args, folder, self.measure(model, state))
 
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: Any = None, **kwargs: Any
     ) -> None:
         best = args.load_best_model_at_end and state.best_model_checkpoint is not None
-        self._save(
-            args, Path(args.output_dir), self.measure(model, state, state.best_global_step if best else None), model
-        )
+        report = self.measure(model, state, state.best_global_step if best else None)
+        report.adapter_sha256 = sha256_when_saved(model, self.layers[0].adapter)  # the user saves it after this
+        self._save(args, Path(args.output_dir), report)
 
-    def _save(
-        self, args: TrainingArguments, folder: Path, report: DriftReport, model: PeftModel | None = None
-    ) -> None:
+    def _save(self, args: TrainingArguments, folder: Path, report: DriftReport) -> None:
         if args.should_save:
             assert self.statistics is not None, "measured with them"
-            save_evidence(folder, self.statistics, report, self.layers, model)
+            save_evidence(folder, self.statistics, report, self.layers)

@@ -144,8 +144,3 @@ def check_engine(args: TrainingArguments, config: AlignGuardConfig, state: Accel
             "Reentrant gradient checkpointing gives no gradient to the anchor's own backward pass: leave `use_reentrant` out of "
             "`gradient_checkpointing_kwargs`, or set `anchor_coef=0`."
         )
-
-
-def tokenizer_of(processing_class: Any) -> PreTrainedTokenizerBase | None:
-    """The tokenizer of a trainer; of a processor, its own."""
-    return processing_class.tokenizer if isinstance(processing_class, ProcessorMixin) else processing_class

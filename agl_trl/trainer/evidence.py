@@ -12,7 +12,7 @@ from ..artifacts.files import ADAPTER_FILE, FOLDER, PICTURE_FILE, sha256
 from ..drift.plots import plot_drift
 from ..drift.report import DriftReport
 from ..fisher.statistics import FisherStatistics
-from ..modeling.lora import AdaptedLayer
+from ..modeling.lora import AdaptedLayer, whole
 from ..modeling.reference_factors import save_reference
 from .config import AlignGuardConfig
 from .regularizer import Regularizer, settings_of
@@ -61,13 +61,7 @@ def drift_of(
     return report
 
 
-def save_evidence(
-    folder: Path,
-    statistics: FisherStatistics,
-    report: DriftReport,
-    layers: list[AdaptedLayer],
-    model: PeftModel | None = None,
-) -> None:
+def save_evidence(folder: Path, statistics: FisherStatistics, report: DriftReport, layers: list[AdaptedLayer]) -> None:
     """
     Write statistics, report and picture into the folder of an adapter.
 
@@ -77,18 +71,14 @@ def save_evidence(
         statistics ([`FisherStatistics`]):
             Statistics of the alignment rows.
         report ([`DriftReport`]):
-            Report of the adapter; its hash is filled in.
+            Report of the adapter; a hash that it lacks is taken from the file in the folder.
         layers (`list[AdaptedLayer]`):
             Layers with their references.
-        model (`PeftModel`, *optional*):
-            Model whose adapter is not in the folder yet, but will be saved as it is now.
     """
     name = layers[0].adapter  # PEFT saves any other than the default one in a folder of its name
     adapter = folder / ("" if name == "default" else name) / ADAPTER_FILE
-    if model is not None:
-        report.adapter_sha256 = sha256_when_saved(model, name)
-    else:
-        report.adapter_sha256 = sha256(adapter) if adapter.is_file() else None
+    if report.adapter_sha256 is None and adapter.is_file():
+        report.adapter_sha256 = sha256(adapter)
     statistics.save_pretrained(folder)
     save_reference(folder, layers)
     report.save_pretrained(folder)
@@ -96,7 +86,7 @@ def save_evidence(
 
 
 def sha256_when_saved(model: PeftModel, adapter: str) -> str:
-    """SHA-256 that the file of an adapter will have once PEFT has saved it."""
+    """SHA-256 that the file of an adapter will have once PEFT has saved it; under FSDP2 all processes must ask."""
     tensors = get_peft_model_state_dict(model, adapter_name=adapter)
-    content = save({name: t.detach().cpu().contiguous() for name, t in tensors.items()}, metadata={"format": "pt"})
-    return hashlib.sha256(content).hexdigest()
+    whole_tensors = {name: whole(tensor.detach()).cpu().contiguous() for name, tensor in tensors.items()}
+    return hashlib.sha256(save(whole_tensors, metadata={"format": "pt"})).hexdigest()
