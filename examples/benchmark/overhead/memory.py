@@ -1,6 +1,7 @@
 """Peak memory of one trainer or one Fisher pass, each measured in a process of its own."""
 
 import json
+import os
 import subprocess
 import sys
 import tempfile
@@ -20,13 +21,16 @@ from .shapes import SHAPES, lora_of, model_of, rows_of
 from .turns import build
 
 
+# glibc maps every larger block by itself and returns it when it is freed: the resident memory is the memory in use, and not
+# what the allocator happens to keep, which differs by several per cent from one run of the same trainer to the next.
+IN_USE = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536", "MALLOC_ARENA_MAX": "1"}
 PASSES = {"Fisher, δ = 1": 1.0, "Fisher, δ = 0.1": 0.1}
 
 
 def apart(name: str, shape: str, kind: str, size: int) -> dict[str, float]:
     """What [`main`] prints, from a fresh process."""
     command = [sys.executable, "-m", "examples.benchmark.overhead.memory", name, shape, kind, str(size)]
-    done = subprocess.run(command, check=False, capture_output=True, text=True)
+    done = subprocess.run(command, check=False, capture_output=True, text=True, env=os.environ | IN_USE)
     if done.returncode:
         raise SystemExit(f"'{name}' failed: {(done.stderr.strip().splitlines() or ['it was killed'])[-1]}")
     return json.loads(done.stdout.splitlines()[-1])
