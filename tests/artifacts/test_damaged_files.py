@@ -11,8 +11,8 @@ from typing import Any
 
 import pytest
 import torch
+from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load as load_bytes
-from transformers import PreTrainedModel
 
 from agl_trl import DriftReport, FisherStatistics, estimate_fisher
 from agl_trl.artifacts.files import ArtifactError, canonical_json, load_tensors
@@ -37,8 +37,9 @@ def good_file(path: Path, load: Callable[[Path], Any], folder: Path) -> Good:
 
 
 @cache
-def base() -> PreTrainedModel:
-    return tiny_model()
+def base() -> PeftModel:
+    """Few layers, two of which read the same input: every damage is done to all of them."""
+    return get_peft_model(tiny_model(), LoraConfig(r=4, target_modules=["q_proj", "k_proj", "down_proj"]))
 
 
 @pytest.fixture(scope="module")
@@ -139,11 +140,11 @@ WRONG: tuple[Any, ...] = (None, True, -1, 10**30, 0.5, 1e300, "<b>$x^$\n\x1b[31m
 
 
 def subtrees(value: Any, path: tuple = ()) -> Iterator[tuple]:
-    """Paths to everything in a JSON value; of long mappings and lists to the first two entries."""
+    """Paths to everything in a JSON value; of what it holds for every layer to the first eight."""
     yield path
     entries = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
     entries = list(entries)
-    for key, inner in entries if len(entries) < 10 else entries[:2]:
+    for key, inner in entries if not path or len(entries) < 10 else entries[:8]:
         yield from subtrees(inner, (*path, key))
 
 
