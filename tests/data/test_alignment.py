@@ -105,10 +105,8 @@ def test_requests_of_driftcaps_are_unsafe_and_without_answers():
 
 def of_lengths(*lengths: int) -> list[AlignmentRow]:
     """Rows whose tokens are all different, with answers that begin after a third."""
-    starts = torch.tensor([0, *lengths]).cumsum(0).tolist()
-    return [
-        AlignmentRow([*range(2 + a, 2 + b)], max(1, (b - a) // 3)) for a, b in zip(starts, starts[1:], strict=False)
-    ]
+    ends = torch.tensor(lengths).cumsum(0).tolist()
+    return [AlignmentRow([*range(2 + end - n, 2 + end)], max(1, n // 3)) for n, end in zip(lengths, ends, strict=True)]
 
 
 LENGTHS = (7, 3, 12, 3, 9, 5, 4, 11, 6, 2)

@@ -18,7 +18,7 @@ from tests.helpers.reference import dense_metric
 
 @pytest.fixture(scope="module")
 def statistics(tokenizer, alignment_rows) -> FisherStatistics:
-    return estimate_fisher(tiny_model(), alignment_rows, tokenizer, shrinkage=0.5, progress=False)
+    return estimate_fisher(tiny_model(), alignment_rows, tokenizer, shrinkage=0.3, progress=False)
 
 
 def test_statistics_survive_the_round_trip_bit_for_bit(statistics, tmp_path):
@@ -52,7 +52,7 @@ def test_layout_of_the_file(statistics, tmp_path):
         and tensors["num_tokens"] == statistics.num_tokens
     )
     assert (
-        metadata["schema_version"] == SCHEMA_VERSION and metadata["kind"] == "fisher" and metadata["shrinkage"] == 0.5
+        metadata["schema_version"] == SCHEMA_VERSION and metadata["kind"] == "fisher" and metadata["shrinkage"] == 0.3
     )
     assert metadata["base_model"]["config"]["hidden_size"] == 32 and metadata["base_model"]["name"] is None
 
@@ -65,7 +65,7 @@ def test_file_of_schema_1_is_read_with_its_shrinkage(statistics, tmp_path):
     path = tmp_path / "early.safetensors"
     save_file(tensors, path, metadata={"agl": canonical_json(early)})
     loaded = FisherStatistics.from_pretrained(path)
-    assert loaded.shrinkage == statistics.shrinkage == 0.5 and "damping" not in loaded.metadata
+    assert loaded.shrinkage == statistics.shrinkage == 0.3 and "damping" not in loaded.metadata
     for name in statistics.input_of:  # and G is shrunk by it
         for one, other in zip(dense_metric(loaded.metric(name)), dense_metric(statistics.metric(name)), strict=True):
             assert torch.equal(one, other)
