@@ -27,10 +27,21 @@ disable_progress_bars()
 torch.set_num_threads(1)  # also where torch was imported before this file
 
 # Files that take longest, longest first, so that no worker is left with one of them at the end. The first makes the demo
-# that many others read, while its neighbour has work of its own.
+# that others read, while its neighbour has work of its own.
 LONGEST = (
     "cli/test_app.py",
+    "trainer/test_distributed.py",
     "examples/test_benchmark.py",
+    "examples/test_overhead.py",
+    "hub/test_end_to_end.py",
+    "scripts/test_scripts.py",
+    "cli/test_fisher.py",
+    "cli/test_drift.py",
+    "trainer/test_sft.py",
+    "cli/test_space.py",
+    "space/test_browser.py",
+    "experiments/test_scaling_sweep.py",
+    "artifacts/test_damaged_files.py",
 )
 
 
