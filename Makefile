@@ -2,6 +2,8 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
+# Tests at a time, a file of them in each process.
+WORKERS ?= 2
 SOURCES := agl_trl tests examples model_cards spaces
 
 .PHONY: install demo test slow lint fmt miniworld space-adapters space clean
@@ -18,7 +20,7 @@ demo: install
 	$(BIN)/agl-trl demo --output-dir outputs/demo
 
 test: install
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder
 
 slow: install
 	$(BIN)/python -m pytest -m slow

@@ -1,7 +1,6 @@
 """Corrupted, truncated, foreign and mistyped files: refused in one sentence, nothing unpickled, no other exception."""
 
 import copy
-import json
 import random
 import shutil
 from collections.abc import Callable, Iterator
@@ -12,19 +11,17 @@ from typing import Any
 
 import pytest
 import torch
-from peft import LoraConfig, get_peft_model
+from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load as load_bytes
-from transformers import PreTrainedModel
 
 from agl_trl import DriftReport, FisherStatistics, estimate_fisher
 from agl_trl.artifacts.files import ArtifactError, canonical_json, load_tensors
 from agl_trl.drift.plots import plot_drift
 from agl_trl.evaluation.behaviour import Behaviour
-from agl_trl.miniworld import load_model, load_tokenizer
 from agl_trl.modeling.loading import load_adapter
 from agl_trl.modeling.lora import AdaptedLayer, adapted_layers, linear_layers
 from agl_trl.modeling.reference_factors import REFERENCE_FILE, load_reference, save_reference
-from tests.helpers.damage import DAMAGES, ROUNDS, Good, flipped, nested
+from tests.helpers.damage import DAMAGES, ROUNDS, Good, flipped
 from tests.helpers.models import adapted, tiny_model
 
 
@@ -40,13 +37,14 @@ def good_file(path: Path, load: Callable[[Path], Any], folder: Path) -> Good:
 
 
 @cache
-def embedded() -> PreTrainedModel:
-    return load_model()
+def base() -> PeftModel:
+    """Few layers, two of which read the same input: every damage is done to all of them."""
+    return get_peft_model(tiny_model(), LoraConfig(r=4, target_modules=["q_proj", "k_proj", "down_proj"]))
 
 
 @pytest.fixture(scope="module")
-def fisher(alignment_rows, folder) -> Good:
-    statistics = estimate_fisher(embedded(), alignment_rows, load_tokenizer(), shrinkage=0.5, rank=8, progress=False)
+def fisher(tokenizer, alignment_rows, folder) -> Good:
+    statistics = estimate_fisher(base(), alignment_rows, tokenizer, shrinkage=0.5, rank=8, progress=False)
     return good_file(statistics.save_pretrained(folder / "good"), FisherStatistics.from_pretrained, folder)
 
 
@@ -142,11 +140,11 @@ WRONG: tuple[Any, ...] = (None, True, -1, 10**30, 0.5, 1e300, "<b>$x^$\n\x1b[31m
 
 
 def subtrees(value: Any, path: tuple = ()) -> Iterator[tuple]:
-    """Paths to everything in a JSON value; of long mappings and lists to the first two entries."""
+    """Paths to everything in a JSON value; of what it holds for every layer to the first eight."""
     yield path
     entries = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
     entries = list(entries)
-    for key, inner in entries if len(entries) < 20 else entries[:2]:
+    for key, inner in entries if not path or len(entries) < 10 else entries[:8]:
         yield from subtrees(inner, (*path, key))
 
 
@@ -163,13 +161,12 @@ def use(loaded: FisherStatistics | DriftReport, good: Good) -> None:
     again = loaded.save_pretrained(good.folder / "again")
     assert not refused(replace(good, load=type(loaded).from_pretrained), again.read_bytes(), "saved again")
     if isinstance(loaded, DriftReport):
-        assert loaded.summary().encode()
-        assert loaded.mean_relative_drift >= 0
+        assert (loaded.relative_drift >= -1e-6).all() and f"{loaded.mean_relative_drift:.3e}" in loaded.summary()
         return
     for name in loaded.input_of:
         metric = loaded.metric(name)
         assert torch.isfinite(metric.input.trace()) and metric.weight_norm > 0
-    model = embedded()
+    model = base()
     try:
         loaded.check_fits(model, linear_layers(model))
     except ArtifactError as error:
@@ -193,28 +190,3 @@ def test_metadata_of_other_types_is_refused_or_harmless(artifact, request, tmp_p
                 if path[0] in ("layers", "behaviour") and isinstance(loaded, DriftReport) and new == WRONG[6]:
                     plot_drift(loaded, tmp_path / "drift.png")
     assert outcomes[True] > 3 * outcomes[False] > 0
-
-
-def test_broken_adapter_config_is_refused(adapter):
-    folder = adapter.folder / "config"
-    shutil.copytree(adapter.folder / "adapter", folder)
-    (folder / adapter.file).write_bytes(adapter.content)
-    model, path = tiny_model(), folder / "adapter_config.json"
-    good = path.read_text()
-    for text in ("", "{", "[]", "3", "null", nested(100_000), good.replace('"r": 4', '"r": "x"'), "\x00", "{}"):
-        path.write_text(text)
-        with pytest.raises(ArtifactError) as caught:
-            load_adapter(model, folder)
-        assert str(caught.value).isprintable() and str(folder) in str(caught.value), text[:20]
-    path.write_bytes(b"\xff\xfe\x80")
-    with pytest.raises(ArtifactError):
-        load_adapter(model, folder)
-
-
-def test_adapter_of_other_layers_is_refused(tmp_path):
-    """PEFT itself only warns, and would leave the layers without weights as they were drawn."""
-    get_peft_model(tiny_model(), LoraConfig(r=4, target_modules=["q_proj"])).save_pretrained(tmp_path)
-    config = json.loads((tmp_path / "adapter_config.json").read_text())
-    (tmp_path / "adapter_config.json").write_text(json.dumps(config | {"target_modules": ["q_proj", "v_proj"]}))
-    with pytest.raises(ArtifactError, match="does not fit this base model: it has no .*v_proj"):
-        load_adapter(tiny_model(), tmp_path)

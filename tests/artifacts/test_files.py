@@ -1,7 +1,7 @@
 """Files are whole or refused with a reason, and the same bytes for the same content."""
 
 import json
-import random
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -13,171 +13,142 @@ from safetensors.torch import save_file
 
 from agl_trl import DriftReport, FisherStatistics, estimate_fisher
 from agl_trl.artifacts.files import (
+    CHECKSUM,
     SCHEMA_VERSION,
     ArtifactError,
     canonical_json,
     check_writable,
+    find_artifact,
     first_line,
     hub_id,
     load_tensors,
     save_tensors,
     sha256,
+    write_atomically,
 )
-from agl_trl.modeling.lora import linear_layers
-from agl_trl.trainer.resume import checkpoint_state
 from tests.helpers.models import adapted, tiny_model
+from tests.helpers.processes import ROOT
 
 
-@pytest.fixture(scope="module")
-def statistics(tokenizer, alignment_rows) -> FisherStatistics:
-    return estimate_fisher(tiny_model(), alignment_rows, tokenizer, shrinkage=0.5, progress=False)
+TENSORS = {
+    "b": torch.arange(6.0).reshape(2, 3),
+    "a": torch.arange(4).bfloat16(),
+    "flags": torch.tensor([True, False]),
+    "scalar": torch.tensor(7),
+    "columns": torch.arange(6.0).reshape(2, 3).T,
+    "empty": torch.zeros(0, 3),
+}
+METADATA = {"kind": "test", "numbers": [1, 2.5, None], "name": "Zürich, 東京"}
 
 
-def test_statistics_survive_the_round_trip_bit_for_bit(statistics, tmp_path):
-    path = statistics.save_pretrained(tmp_path)
-    assert path == tmp_path / "agl" / "fisher.safetensors"
-    for location in (tmp_path, path, path.parent):
-        loaded = FisherStatistics.from_pretrained(location)
-        assert loaded.metadata == statistics.metadata and loaded.input_of == statistics.input_of
-        for name in statistics.input_of:
-            one, two = statistics.metric(name), loaded.metric(name)
-            assert all(
-                torch.equal(a, b) for a, b in zip([*one.input, *one.output], [*two.input, *two.output], strict=True)
-            )
-            assert torch.equal(one.weight_norm, two.weight_norm)
-    again = loaded.save_pretrained(tmp_path / "again")
-    assert again.read_bytes() == path.read_bytes()
+def test_tensors_and_metadata_survive_the_round_trip(tmp_path):
+    path = tmp_path / "new" / "folder" / "file.safetensors"
+    save_tensors(path, TENSORS, METADATA)
+    tensors, metadata = load_tensors(path)
+    assert metadata == METADATA | {"schema_version": SCHEMA_VERSION} and tensors.keys() == TENSORS.keys()
+    for name, tensor in TENSORS.items():
+        assert tensors[name].dtype == tensor.dtype and torch.equal(tensors[name], tensor), name
+    assert [entry.name for entry in path.parent.iterdir()] == [path.name] and path.stat().st_mode & 0o777 == 0o644
+    path.write_bytes(b"")
+    assert torch.equal(tensors["b"], TENSORS["b"]), "what was read is not mapped from the file"
 
 
-def test_estimating_twice_gives_the_same_bytes(statistics, tokenizer, alignment_rows, tmp_path):
-    twin = estimate_fisher(tiny_model(), alignment_rows, tokenizer, shrinkage=0.5, progress=False)
-    assert twin.save_pretrained(tmp_path / "a").read_bytes() == statistics.save_pretrained(tmp_path / "b").read_bytes()
+def test_bytes_depend_on_the_content_alone(tmp_path):
+    for name, tensors, metadata in (
+        ("one", TENSORS, METADATA),
+        ("other", dict(reversed(TENSORS.items())), dict(reversed(METADATA.items()))),
+    ):
+        save_tensors(tmp_path / name, tensors, metadata)
+    assert (tmp_path / "one").read_bytes() == (tmp_path / "other").read_bytes()
+    save_tensors(tmp_path / "third", TENSORS, METADATA | {"name": "Zurich"})
+    assert sha256(tmp_path / "third") != sha256(tmp_path / "one") == sha256(tmp_path / "other")
 
 
-def test_layout_of_the_file(statistics, tmp_path):
-    tensors, metadata = load_tensors(statistics.save_pretrained(tmp_path))
-    shared = "inputs.model.layers.0.self_attn.q_proj"
-    assert (
-        tensors[f"{shared}.eigenvectors"].shape == (32, 32)
-        and tensors[f"{shared}.eigenvectors"].dtype == torch.bfloat16
-    )
-    assert tensors[f"{shared}.eigenvalues"].shape == (32,) and tensors[f"{shared}.remainder"].shape == ()
-    assert "inputs.model.layers.0.self_attn.k_proj.eigenvectors" not in tensors
-    assert tensors["outputs.model.layers.0.self_attn.k_proj.eigenvectors"].shape == (16, 16)
-    assert (
-        tensors["weight_norm.model.layers.1.mlp.down_proj"].shape == ()
-        and tensors["num_tokens"] == statistics.num_tokens
-    )
-    assert (
-        metadata["schema_version"] == SCHEMA_VERSION and metadata["kind"] == "fisher" and metadata["shrinkage"] == 0.5
-    )
-    assert metadata["base_model"]["config"]["hidden_size"] == 32 and metadata["base_model"]["name"] is None
-
-
-def test_unreadable_files_are_refused_with_a_sentence(statistics, tmp_path):
-    with pytest.raises(ArtifactError, match="Found no 'agl/fisher.safetensors' in"):
-        FisherStatistics.from_pretrained(tmp_path)
+def test_what_was_not_written_by_us_is_refused_with_a_sentence(tmp_path):
+    with pytest.raises(ArtifactError, match="There is no file"):
+        load_tensors(tmp_path / "none.safetensors")
     foreign = tmp_path / "foreign.safetensors"
     save_file({"a": torch.zeros(1)}, foreign)
     with pytest.raises(ArtifactError, match="was not written by agl_trl"):
-        FisherStatistics.from_pretrained(foreign)
-    newer = tmp_path / "newer.safetensors"
-    save_file({"a": torch.zeros(1)}, newer, metadata={"agl": '{"schema_version": 99, "kind": "fisher"}'})
-    with pytest.raises(ArtifactError, match="schema version 99"):
-        FisherStatistics.from_pretrained(newer)
-    with pytest.raises(ArtifactError, match="holds no drift report"):
-        DriftReport.from_pretrained(statistics.save_pretrained(tmp_path))
+        load_tensors(foreign)
     (tmp_path / "pickle.safetensors").write_bytes(b"\x80\x04cposix\nsystem\n")
     with pytest.raises(ArtifactError, match="not a readable safetensors file"):
-        FisherStatistics.from_pretrained(tmp_path / "pickle.safetensors")
+        load_tensors(tmp_path / "pickle.safetensors")
+    save_tensors(tmp_path / "other.safetensors", TENSORS, METADATA)
+    for reader, kind in ((FisherStatistics, "Fisher statistics"), (DriftReport, "drift report")):
+        with pytest.raises(ArtifactError, match=f"holds no {kind}"):
+            reader.from_pretrained(tmp_path / "other.safetensors")
 
 
-def test_corrupted_bytes_never_crash(statistics, tmp_path):
-    """Truncated and flipped files: refused, or (a flip inside tensor data) loaded whole and finite."""
-    good = statistics.save_pretrained(tmp_path).read_bytes()
-    header = int.from_bytes(good[:8], "little") + 8
-    draw = random.Random(0)
+@pytest.mark.parametrize("version", [0, -1, SCHEMA_VERSION + 1, 99, True, 1.0, "1", None])
+def test_version_that_is_not_ours_is_named(version, tmp_path):
     path = tmp_path / "bad.safetensors"
-    for _ in range(30):
-        path.write_bytes(good[: draw.randrange(len(good))])
-        with pytest.raises(ArtifactError):
-            FisherStatistics.from_pretrained(path)
-    refused = 0
-    for _ in range(60):
-        bad = bytearray(good)
-        bad[draw.randrange(header)] ^= 1 << draw.randrange(8)
-        path.write_bytes(bytes(bad))
-        try:
-            FisherStatistics.from_pretrained(path)
-        except ArtifactError:
-            refused += 1
-    assert refused > 30
+    save_file(TENSORS | {"columns": torch.ones(1)}, path, {"agl": canonical_json({"schema_version": version})})
+    sentence = f"has schema version {version!r}; this agl_trl reads up to {SCHEMA_VERSION}: upgrade it"
+    with pytest.raises(ArtifactError, match=sentence):
+        load_tensors(path)
 
 
-def test_missing_tensors_and_wrong_shapes_are_named(statistics, tmp_path):
-    tensors, metadata = load_tensors(statistics.save_pretrained(tmp_path))
-    key = "inputs.model.layers.0.self_attn.q_proj.eigenvalues"
-    for change, message in (
-        ({key: tensors[key][:-1]}, "have shapes"),
-        ({key: tensors[key] * torch.nan}, "not finite"),
-        ({key: None}, "incomplete or malformed"),
-    ):
-        changed = {name: tensor for name, tensor in (tensors | change).items() if tensor is not None}
-        save_tensors(tmp_path / "bad.safetensors", changed, metadata)
-        with pytest.raises(ArtifactError, match=message):
-            FisherStatistics.from_pretrained(tmp_path / "bad.safetensors")
+def test_content_is_checked_and_early_files_without_a_checksum_are_read(tmp_path):
+    path = tmp_path / "file.safetensors"
+    save_tensors(path, TENSORS, METADATA)
+    with safe_open(path, "pt") as file:
+        assert list(file.metadata()) == ["agl"] and len(json.loads(file.metadata()["agl"])[CHECKSUM]) == 64
+    content = bytearray(path.read_bytes())
+    content[-1] ^= 1
+    (tmp_path / "bad.safetensors").write_bytes(content)
+    with pytest.raises(ArtifactError, match="is damaged: its content is not what was written; get it again"):
+        load_tensors(tmp_path / "bad.safetensors")
+    tensors, metadata = load_tensors(path)
+    save_file(tensors, tmp_path / "early.safetensors", {"agl": canonical_json(metadata | {"schema_version": 1})})
+    early, read = load_tensors(tmp_path / "early.safetensors")
+    assert read == metadata | {"schema_version": 1} and all(torch.equal(early[name], t) for name, t in tensors.items())
 
 
 FULL_DISK = """
 import resource, sys
-from agl_trl import FisherStatistics
-statistics = FisherStatistics.from_pretrained(sys.argv[1])
-statistics.metadata["seed"] = 1
+from pathlib import Path
+import torch
+from agl_trl.artifacts.files import save_tensors, write_atomically
 resource.setrlimit(resource.RLIMIT_FSIZE, (4096, 4096))
-try:
-    statistics.save_pretrained(sys.argv[1])
-except OSError as error:
-    print(error)
+for write in (lambda path: save_tensors(path, {"a": torch.ones(9999)}, {}), lambda path: write_atomically(path, bytes(9999))):
+    try:
+        write(Path(sys.argv[1]))
+    except OSError as error:
+        print(error)
 """
 
 
-def test_failed_write_leaves_the_previous_file_and_nothing_else(statistics, tmp_path):
+def test_failed_write_leaves_the_previous_file_and_nothing_else(tmp_path):
     """A disk that takes no more than 4 kB: one sentence, the old file whole, no temporary file."""
-    path = statistics.save_pretrained(tmp_path)
-    good = path.read_bytes()
-    run = subprocess.run([sys.executable, "-c", FULL_DISK, tmp_path], capture_output=True, text=True, check=True)
-    assert f"Cannot write '{path}'" in run.stdout and run.stdout.count("\n") == 1
-    assert path.read_bytes() == good and [p.name for p in path.parent.iterdir()] == ["fisher.safetensors"]
-    (tmp_path / "file").write_text("")
-    with pytest.raises(OSError, match="Cannot write"):
-        statistics.save_pretrained(tmp_path / "file")
+    path = tmp_path / "file"
+    write_atomically(path, b"good")
+    command = [sys.executable, "-c", FULL_DISK, str(path)]
+    run = subprocess.run(command, capture_output=True, text=True, check=True, cwd=ROOT)
+    lines = run.stdout.splitlines()
+    assert len(lines) == 2 and all(f"Cannot write '{path}': " in line for line in lines)
+    assert path.read_bytes() == b"good" and os.listdir(tmp_path) == ["file"]
+    for write in (lambda: save_tensors(path / "below", TENSORS, {}), lambda: write_atomically(path / "below", b"")):
+        with pytest.raises(OSError, match="Cannot write .*below"):
+            write()
+    assert path.read_bytes() == b"good"
 
 
-def test_report_of_another_adapter_is_told(statistics, tmp_path):
-    model = adapted(0.1)
-    model.save_pretrained(tmp_path)
-    file = tmp_path / "adapter_model.safetensors"
-    report = DriftReport.measure(model, statistics)
-    with pytest.raises(ArtifactError, match="the report names no sha256"):
-        report.check_describes(tmp_path)
-    report.adapter_sha256, report.global_step = sha256(file), 40
-    report.check_describes(tmp_path)
-    report.check_describes(file)
-    loaded = DriftReport.from_pretrained(report.save_pretrained(tmp_path))
-    content = bytearray(file.read_bytes())
-    content[-1] ^= 1  # still a finite number
-    file.write_bytes(content)
-    with pytest.raises(ArtifactError) as caught:
-        loaded.check_describes(tmp_path)
-    assert str(caught.value) == (
-        f"The report is of another adapter: its sha256 starts with {report.adapter_sha256[:12]} (step 40), that of "
-        f"'{file}' with {sha256(file)[:12]}."
-    )
-    with pytest.raises(ArtifactError, match="there is no such file"):
-        loaded.check_describes(tmp_path / "nowhere")
+def test_artifact_is_found_by_file_folder_and_adapter(tmp_path):
+    path = tmp_path / "adapter" / "agl" / "fisher.safetensors"
+    write_atomically(path, b"")
+    for location in (path, path.parent, tmp_path / "adapter"):
+        assert find_artifact(location, "fisher.safetensors") == path
+    for location in (tmp_path, tmp_path / "nowhere"):
+        with pytest.raises(ArtifactError) as failed:
+            find_artifact(location, "fisher.safetensors")
+        assert str(failed.value) == f"Found no 'agl/fisher.safetensors' in '{location}'."
 
 
-def test_checkpoint_whose_adapter_or_report_was_exchanged_is_not_resumed(statistics, tmp_path):
+def test_checkpoint_whose_adapter_or_report_was_exchanged_is_not_resumed(tokenizer, alignment_rows, tmp_path):
+    from agl_trl.trainer.resume import checkpoint_state
+
+    statistics = estimate_fisher(tiny_model(), alignment_rows, tokenizer, progress=False)
     model = adapted(0.1)
     model.save_pretrained(tmp_path)
     report = DriftReport.measure(model, statistics)
@@ -192,43 +163,6 @@ def test_checkpoint_whose_adapter_or_report_was_exchanged_is_not_resumed(statist
         checkpoint_state(str(tmp_path), model)
     path.unlink()
     assert checkpoint_state(str(tmp_path), model)[1] == 0.0
-
-
-def test_content_is_checked_and_early_files_are_read(statistics, tmp_path):
-    path = statistics.save_pretrained(tmp_path)
-    with safe_open(path, "pt") as file:
-        assert list(file.metadata()) == ["agl"] and len(json.loads(file.metadata()["agl"])["content_sha256"]) == 64
-    content = bytearray(path.read_bytes())
-    content[-1] ^= 1
-    (tmp_path / "bad.safetensors").write_bytes(content)
-    with pytest.raises(ArtifactError, match="is damaged: its content is not what was written"):
-        FisherStatistics.from_pretrained(tmp_path / "bad.safetensors")
-    tensors, metadata = load_tensors(path)
-    save_file(tensors, tmp_path / "early.safetensors", metadata={"agl": canonical_json(metadata)})
-    early = FisherStatistics.from_pretrained(tmp_path / "early.safetensors")
-    (tmp_path / "early.safetensors").write_bytes(b"")  # the statistics in memory are not those of the file
-    assert early.save_pretrained(tmp_path / "again").read_bytes() == path.read_bytes()
-
-
-def test_version_and_base_model_that_differ_are_named(statistics, tmp_path):
-    tensors, metadata = load_tensors(statistics.save_pretrained(tmp_path))
-    path = tmp_path / "bad.safetensors"
-    for version in (0, -1, SCHEMA_VERSION + 1, True, 1.0, "1", None):
-        save_file(tensors, path, metadata={"agl": canonical_json(metadata | {"schema_version": version})})
-        with pytest.raises(
-            ArtifactError, match=f"has schema version {version!r}; this agl_trl reads up to {SCHEMA_VERSION}"
-        ):
-            FisherStatistics.from_pretrained(path)
-    model = tiny_model(hidden_size=64)
-    with pytest.raises(ArtifactError, match="of another base model: hidden_size is 32 there and 64 here"):
-        statistics.check_fits(model, linear_layers(model))
-    model = tiny_model("mistral")
-    with pytest.raises(ArtifactError, match="of another base model: model_type is llama there and mistral here"):
-        statistics.check_fits(model, linear_layers(model))
-    model = tiny_model(seed=1)
-    model.model.layers[0].mlp.up_proj.weight.data *= 2
-    with pytest.raises(ArtifactError, match="of other weights: the norm of layer"):
-        statistics.check_fits(model, linear_layers(model))
 
 
 def test_ids_of_the_hub_are_told_from_paths_and_from_nothing():

@@ -1,104 +1,21 @@
-"""Answers and likelihoods: batching changes nothing, an adapter that does nothing changes nothing."""
+"""Base and tuned model side by side: an adapter that does nothing changes nothing, and rates and tests by hand."""
+
+import json
 
 import pytest
 import torch
 from datasets import Dataset
+from scipy.stats import binomtest
 
-from agl_trl.data.alignment import batches, pad_token_id, tokenize_row
-from agl_trl.evaluation.behaviour import measure_behaviour
-from agl_trl.evaluation.probes import first_token_kl, probe
-from agl_trl.modeling.base_and_tuned import BaseAndTuned
-from agl_trl.modeling.generation import answer_logits, answer_nll, generate_answers, prompt_ids
+from agl_trl.evaluation.behaviour import Rate, measure_behaviour
 from agl_trl.modeling.lora import adapted_layers
-from tests.helpers.models import adapted, probe_prompts, tiny_model
+from tests.helpers.models import adapted, probe_prompts
+from tests.helpers.reports import behaviour_by_hand
 
 
 @pytest.fixture(scope="module")
 def prompts() -> Dataset:
     return probe_prompts()
-
-
-def test_batching_changes_no_answer_and_no_likelihood(tokenizer, prompts):
-    model = tiny_model().eval()
-    questions = list(prompts["prompt"])
-    answers = [
-        generate_answers(model, tokenizer, questions, max_new_tokens=6, batch_size=n, progress=False) for n in (1, 7)
-    ]
-    assert answers[0] == answers[1]
-    one, seven = (answer_nll(model, tokenizer, prompts, batch_size=n) for n in (1, 7))
-    torch.testing.assert_close(one, seven, rtol=1e-4, atol=1e-5)
-
-
-def test_likelihood_equals_the_models_own_loss(tokenizer, prompts):
-    model = tiny_model().eval()
-    row = prompts[2]
-    start = len(
-        tokenizer.apply_chat_template(row["prompt"], add_generation_prompt=True, return_dict=True)["input_ids"]
-    )
-    ids = torch.tensor(
-        [tokenizer.apply_chat_template(row["prompt"] + row["completion"], return_dict=True)["input_ids"]]
-    )
-    labels = ids.clone()
-    labels[0, :start] = -100
-    expected = model(input_ids=ids, labels=labels).loss.item()
-    assert answer_nll(model, tokenizer, [row])[0].item() == pytest.approx(expected, rel=1e-5)
-
-
-def test_logits_are_those_of_the_answers_and_no_others_are_made(tokenizer, prompts):
-    model = adapted(0.5).eval()
-    rows = [tokenize_row(prompts[i], tokenizer, None) for i in (0, 2, 5)]
-    (batch,) = batches(rows, 3, pad_token_id(tokenizer), torch.device("cpu"))
-    made = []
-    handle = model.get_output_embeddings().register_forward_hook(lambda *args: made.append(args[-1].shape[1]))
-    with handle, torch.no_grad():
-        logits, mask = answer_logits(model, batch)
-        full = model(input_ids=batch.input_ids, attention_mask=batch.attention_mask).logits
-    torch.testing.assert_close(logits[mask], full[batch.answer_mask])
-    assert mask.sum() == batch.answer_mask.sum() and made == [mask.shape[1], batch.input_ids.shape[1]]
-    assert made[0] < made[1]
-
-
-def test_only_logits_that_are_read_are_made(tokenizer, prompts):
-    """Likelihood, KL and probes equal the full computation, from a fraction of its columns."""
-    model, count, made = adapted(0.5).eval(), len(prompts), []
-    questions, unsafe = list(prompts["prompt"]), torch.tensor(prompts["unsafe"])
-    rows = [tokenize_row(row, tokenizer, None) for row in prompts]
-    (batch,) = batches(rows, count, pad_token_id(tokenizer), torch.device("cpu"))
-    with torch.no_grad():
-        full = model(input_ids=batch.input_ids, attention_mask=batch.attention_mask).logits.log_softmax(-1)
-    expected = torch.zeros(count)
-    for line, index in enumerate(batch.indices):
-        positions = batch.answer_mask[line].nonzero().squeeze(1)
-        expected[index] = -full[line, positions, batch.input_ids[line, positions + 1]].mean()
-    hook = model.get_output_embeddings().register_forward_hook(lambda *args: made.append(args[-1].shape[:2].numel()))
-    with hook:
-        torch.testing.assert_close(answer_nll(model, tokenizer, prompts), expected, rtol=1e-5, atol=1e-5)
-        answers = made.pop()
-        assert answers == count * int(batch.answer_mask.any(0).sum()) < 0.8 * batch.input_ids.numel()
-        first_token_kl(BaseAndTuned(model), tokenizer, questions, ["yes, that is it"] * count)
-        lengths = {len(prompt_ids(tokenizer, question)) for question in questions}
-        window = {length - 1 + i for length in lengths for i in range(8)}
-        assert made == [count * len(window)] * 2
-        made.clear()
-        probe(BaseAndTuned(model), tokenizer, questions, unsafe)
-        assert made == [count * len(lengths)] * 2
-
-
-def test_a_model_that_makes_all_logits_gives_the_same(tokenizer, prompts):
-    """Of architectures that can't be asked for a few columns, those that are read are taken from all."""
-
-    class AllLogits(torch.nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.inner = adapted(0.5).eval()
-
-        def forward(self, input_ids, attention_mask, use_cache):
-            return self.inner(input_ids=input_ids, attention_mask=attention_mask, use_cache=use_cache)
-
-    model = AllLogits()
-    torch.testing.assert_close(
-        answer_nll(model, tokenizer, prompts), answer_nll(model.inner, tokenizer, prompts), rtol=1e-5, atol=1e-5
-    )
 
 
 def test_an_adapter_that_does_nothing_changes_nothing(tokenizer, prompts):
@@ -110,24 +27,45 @@ def test_an_adapter_that_does_nothing_changes_nothing(tokenizer, prompts):
     assert other.refusal(True, unsafe=True).total == 4 and other.refusal(True, unsafe=False, category="a").total == 2
 
 
-def test_kl_equals_brute_force(tokenizer, prompts):
-    model = adapted(0.5)
-    question, answer = prompts[1]["prompt"], "yes, that is a long answer"
-    prompt_ids = tokenizer.apply_chat_template(question, add_generation_prompt=True, return_dict=True)["input_ids"]
-    answer_ids = tokenizer(answer)["input_ids"][:8]
-    ids = torch.tensor([prompt_ids + answer_ids])
-    with torch.no_grad():
-        tuned = model(input_ids=ids).logits.double().softmax(-1)
-        with model.disable_adapter():
-            base = model(input_ids=ids).logits.double().softmax(-1)
-    window = slice(len(prompt_ids) - 1, len(prompt_ids) + 7)
-    expected = (base * (base / tuned).log()).sum(-1)[0, window].mean()
-    value = first_token_kl(BaseAndTuned(model), tokenizer, [question, prompts[0]["prompt"]], [answer, ""])
-    assert value[0].item() == pytest.approx(expected.item(), rel=1e-4) and torch.isfinite(value).all()
-
-
 def test_the_model_is_left_as_it_was(tokenizer, prompts):
     model = adapted(0.1).train()
     measure_behaviour(model, tokenizer, prompts, max_new_tokens=2, progress=False)
     assert all(module.training for module in model.modules())
     assert all(layer.current().B.requires_grad for layer in adapted_layers(model))
+
+
+def test_answers_are_one_json_object_per_prompt(tokenizer, prompts):
+    answers = measure_behaviour(adapted(0.1), tokenizer, prompts, max_new_tokens=2, progress=False)
+    assert len(answers.answers) == len(prompts) and json.loads(json.dumps(answers.answers[0])) == answers.answers[0]
+    assert {entry["expected"] for entry in answers.answers} == {"refuse", "comply"}
+    assert answers.answers[0]["judge"].startswith("refusal-strings")
+
+
+def test_rates_and_their_wilson_interval_by_hand():
+    behaviour = behaviour_by_hand()
+    assert behaviour.refusal(tuned=False) == Rate(4, 4) and behaviour.refusal(tuned=True) == Rate(1, 4)
+    assert behaviour.refusal(tuned=True, unsafe=False) == Rate(1, 3)
+    assert behaviour.refusal(tuned=True, category="fraud") == Rate(0, 3)
+    assert behaviour.mean_kl(unsafe=True) == pytest.approx(0.25) and behaviour.mean_kl(unsafe=False) == pytest.approx(
+        0.1
+    )
+    z, n, p = 1.959964, 40, 10 / 40
+    centre, width = p + z * z / (2 * n), z * (p * (1 - p) / n + z * z / (4 * n * n)) ** 0.5
+    expected = [(centre - width) / (1 + z * z / n), (centre + width) / (1 + z * z / n)]
+    assert list(Rate(10, 40).interval) == pytest.approx(expected, rel=1e-5)
+
+
+def test_paired_test_is_of_the_prompts_on_which_the_models_differ():
+    behaviour = behaviour_by_hand()
+    assert behaviour.paired_p_value() == pytest.approx(2 * 0.5**3), "three lost, none won"
+    assert behaviour.paired_p_value(unsafe=False) == 1.0
+    behaviour.refused_tuned = torch.tensor([False, False, False, True, True, True, False])
+    assert behaviour.paired_p_value(unsafe=False) == pytest.approx(binomtest(0, 2).pvalue) == 0.5
+    behaviour.refused_tuned = behaviour.refused_base.clone()
+    assert behaviour.paired_p_value() == 1.0, "no difference"
+
+
+@pytest.mark.parametrize("prompts", [Dataset.from_list([{"text": "a"}]), Dataset.from_dict({"prompt": []})])
+def test_prompts_that_are_none_are_told(prompts, tokenizer):
+    with pytest.raises(ValueError, match=r"Prompts need a column 'prompt' and at least one row; found \["):
+        measure_behaviour(adapted(0.0), tokenizer, prompts, progress=False)

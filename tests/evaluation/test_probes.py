@@ -1,23 +1,16 @@
-"""Probes against the formulas by hand, two checkpoints against an adapter, the store, and conditions on a report."""
-
-import json
+"""Probes against their formulas by hand."""
 
 import pytest
 import torch
 from datasets import Dataset
 from peft import LoraConfig, get_peft_model
 
-from agl_trl import DriftReport, estimate_fisher
-from agl_trl.drift.thresholds import Condition, figures
-from agl_trl.evaluation.answer_cache import AnswerCache
-from agl_trl.evaluation.behaviour import measure_behaviour
-from agl_trl.evaluation.probes import COMPLIANCE_OPENERS, REFUSAL_OPENERS, opener_ids, probe
+from agl_trl.evaluation.probes import COMPLIANCE_OPENERS, REFUSAL_OPENERS, first_token_kl, opener_ids, probe
 from agl_trl.miniworld import heldout_safe, heldout_unsafe, load_model, load_tokenizer
 from agl_trl.modeling.base_and_tuned import BaseAndTuned
 from agl_trl.modeling.generation import prompt_ids
 from agl_trl.modeling.lora import adapted_layers, at_reference
-from tests.helpers import reference
-from tests.helpers.models import adapted, probe_prompts, tiny_model
+from tests.helpers.models import adapted, probe_prompts
 
 
 @pytest.fixture(scope="module")
@@ -65,90 +58,17 @@ def test_openers_that_share_a_token_give_no_margin(tokenizer, prompts):
     assert probes.margin_base.isnan().all() and (probes.hidden_drift[1:] > 0).all() and probes.hidden_drift[0] == 0
 
 
-def test_merged_checkpoint_is_measured_as_its_adapter(tokenizer, prompts, alignment_rows):
-    model = adapted(0.2)
-    statistics = estimate_fisher(tiny_model(), alignment_rows, tokenizer, progress=False)
-    by_adapter = DriftReport.measure(model, statistics)
-    answers = measure_behaviour(model, tokenizer, prompts, max_new_tokens=5, progress=False)
-    merged = model.merge_and_unload()
-    by_checkpoint = DriftReport.measure_checkpoint(tiny_model(), merged, statistics)
-    assert by_checkpoint.layers == by_adapter.layers
-    for name in ("relative_drift", "alignment_energy", "overlap"):
-        torch.testing.assert_close(getattr(by_checkpoint, name), getattr(by_adapter, name), rtol=1e-3, atol=1e-7)
-    others = measure_behaviour(merged, tokenizer, prompts, base=tiny_model().eval(), max_new_tokens=5, progress=False)
-    torch.testing.assert_close(others.kl_first_tokens, answers.kl_first_tokens, rtol=1e-3, atol=1e-4)
-    torch.testing.assert_close(others.nll_tuned, answers.nll_tuned, rtol=1e-3, atol=1e-4)
-    statistics.input_of = {name: key for name, key in statistics.input_of.items() if "q_proj" in name}
-    assert len(DriftReport.measure_checkpoint(tiny_model(), merged, statistics).layers) == 2, "those that are covered"
-    with pytest.raises(ValueError, match="has no layer 'model.layers.0.self_attn.q_proj' of the base model's shape"):
-        DriftReport.measure_checkpoint(tiny_model(), tiny_model(num_attention_heads=2, head_dim=4), statistics)
-    statistics.input_of = {}
-    with pytest.raises(ValueError, match="cover no layer"):
-        DriftReport.measure_checkpoint(tiny_model(), merged, statistics)
-
-
-def test_overlap_of_a_layer_equals_dense(tokenizer, alignment_rows):
-    model = adapted(0.2)
-    statistics = estimate_fisher(tiny_model(), alignment_rows, tokenizer, progress=False)
-    report = DriftReport.measure(model, statistics)
-    layer = adapted_layers(model)[3]
-    metric = statistics.metric(layer.name)
-    delta = (layer.factors().scaling * layer.factors().B @ layer.factors().A).detach().double()
-    aligned = reference.projected(delta, metric.input, None, 0.9)
-    W = layer.module.get_base_layer().weight.double()
-    eta = 1 + 4 * torch.sigmoid(((W + delta).abs() / W.square().mean().sqrt() - 1) / 0.25)
-    expected = (eta * (aligned * (delta - aligned)).abs()).sum() / W.square().sum()
-    # The stored eigenvectors are bfloat16, and orthonormal to that.
-    assert report.overlap[3].item() == pytest.approx(expected.item(), rel=5e-3)
-
-
-def test_interrupted_report_goes_on_where_it_stopped(tmp_path, tokenizer, prompts):
-    model, asked = adapted(0.1), []
-    whole = measure_behaviour(model, tokenizer, prompts, max_new_tokens=4, batch_size=2, progress=False)
-    path = tmp_path / "unfinished.jsonl"
-    store = AnswerCache(path, "settings")
-    generate = model.generate
-
-    def interrupted(**kwargs):
-        if len(asked) == 3:
-            raise KeyboardInterrupt
-        asked.append(1)
-        return generate(**kwargs)
-
-    model.generate = interrupted
-    with pytest.raises(KeyboardInterrupt):
-        measure_behaviour(model, tokenizer, prompts, store=store, max_new_tokens=4, batch_size=2, progress=False)
-    with path.open("a") as file:
-        file.write('{"key": "cut o')
-    model.generate = generate
-    again = AnswerCache(path, "settings")
-    assert len(again.answers) == 6
-    resumed = measure_behaviour(model, tokenizer, prompts, store=again, max_new_tokens=4, batch_size=2, progress=False)
-    assert resumed.answers == whole.answers
-    assert AnswerCache(path, "other settings").key("Base model", "x") not in again.answers
-
-
-def test_paired_test_and_conditions(tokenizer, prompts, alignment_rows):
-    model = adapted(0.2)
-    report = DriftReport.measure(model, estimate_fisher(tiny_model(), alignment_rows, tokenizer, progress=False))
-    with pytest.raises(ValueError, match="no figure 'refusal_drop'; it has relative_drift, largest_drift"):
-        Condition.parse("refusal_drop>0.05").holds(report)
-    report.behaviour = measure_behaviour(model, tokenizer, prompts, max_new_tokens=2, progress=False)
-    answers = report.behaviour
-    answers.refused_base = torch.tensor([True, True, True, True, False, False, False])
-    answers.refused_tuned = torch.tensor([False, False, False, True, False, True, False])
-    assert answers.paired_p_value() == pytest.approx(0.25) and answers.paired_p_value(unsafe=False) == 1.0
-    assert figures(report)["refusal_drop"] == 0.75 and figures(report)["over_refusal_rise"] == pytest.approx(1 / 3)
-    assert Condition.parse(" refusal_drop >= 7.5e-1").holds(report) == "refusal_drop is 0.75, which is >= 0.75."
-    assert Condition.parse("refusal_drop>0.75").holds(report) is None
-    assert Condition.parse("margin_drop_unsafe>100").holds(report), "what was not measured is not passed"
-    for text in ("refusal_drop", "refusal_drop=0.1", "refusal_drop>", "refusal_drop>a"):
-        with pytest.raises(ValueError, match="is no condition"):
-            Condition.parse(text)
-
-
-def test_answers_are_one_json_object_per_prompt(tokenizer, prompts):
-    answers = measure_behaviour(adapted(0.1), tokenizer, prompts, max_new_tokens=2, progress=False)
-    assert len(answers.answers) == len(prompts) and json.loads(json.dumps(answers.answers[0])) == answers.answers[0]
-    assert {entry["expected"] for entry in answers.answers} == {"refuse", "comply"}
-    assert answers.answers[0]["judge"].startswith("refusal-strings")
+def test_kl_equals_brute_force(tokenizer, prompts):
+    model = adapted(0.5)
+    question, answer = prompts[1]["prompt"], "yes, that is a long answer"
+    prompt_ids = tokenizer.apply_chat_template(question, add_generation_prompt=True, return_dict=True)["input_ids"]
+    answer_ids = tokenizer(answer)["input_ids"][:8]
+    ids = torch.tensor([prompt_ids + answer_ids])
+    with torch.no_grad():
+        tuned = model(input_ids=ids).logits.double().softmax(-1)
+        with model.disable_adapter():
+            base = model(input_ids=ids).logits.double().softmax(-1)
+    window = slice(len(prompt_ids) - 1, len(prompt_ids) + 7)
+    expected = (base * (base / tuned).log()).sum(-1)[0, window].mean()
+    value = first_token_kl(BaseAndTuned(model), tokenizer, [question, prompts[0]["prompt"]], [answer, ""])
+    assert value[0].item() == pytest.approx(expected.item(), rel=1e-4) and torch.isfinite(value).all()

@@ -1,8 +1,10 @@
 """The benchmark harness, on runs of a few steps: every method trains, runs are resumed, the report holds them."""
 
 import json
+import shutil
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -10,26 +12,38 @@ import torch
 from torch.utils.data import SequentialSampler
 
 from agl_trl.miniworld import TASKS, load_tokenizer, task_dataset
+from agl_trl.modeling.lora import adapted_layers, base_weight
 from examples.benchmark import __main__ as benchmark
-from examples.benchmark import methods
+from examples.benchmark import ideas, methods
 from examples.benchmark.methods import METHODS, Setting
 from examples.benchmark.protocols import PROTOCOLS, trained_alike, training_rows
 from examples.benchmark.ranking import hypervolume, share
+from examples.benchmark.setting import PUBLISHED, published_statistics
+from tests.helpers.processes import ROOT
 
 
-def setting(tmp_path, steps=4) -> Setting:
-    return Setting(tmp_path, 0, steps, load_tokenizer(), task_dataset("steps").select(range(64)))
+@pytest.fixture(scope="module")
+def published(tmp_path_factory) -> Path:
+    """What the model's owner has published: the same for all methods."""
+    return published_statistics(tmp_path_factory.mktemp("owner"))
+
+
+@pytest.fixture
+def setting(tmp_path, published) -> Setting:
+    shutil.copytree(published, tmp_path / PUBLISHED)
+    return Setting(tmp_path, 0, 4, load_tokenizer(), task_dataset("steps").select(range(64)))
+
+
+def trained(name: str, setting: Setting) -> dict[str, torch.Tensor]:
+    trainer = METHODS[name].make(setting)
+    trainer.train()
+    return {n: p.detach() for n, p in trainer.model.named_parameters() if p.requires_grad}
 
 
 @pytest.fixture(scope="module")
 def plain_weights(tmp_path_factory) -> dict[str, torch.Tensor]:
-    return trained("lora", tmp_path_factory.mktemp("plain"))
-
-
-def trained(name: str, folder) -> dict[str, torch.Tensor]:
-    trainer = METHODS[name].make(setting(folder))
-    trainer.train()
-    return {n: p.detach() for n, p in trainer.model.named_parameters() if p.requires_grad}
+    rows = task_dataset("steps").select(range(64))
+    return trained("lora", Setting(tmp_path_factory.mktemp("plain"), 0, 4, load_tokenizer(), rows))
 
 
 NAMES = ["lora", "agl-3", "all", "paper", "l2-10", "ewc-1e4", "anchor", "replay", "kl"]
@@ -37,43 +51,28 @@ NAMES += ["importance-3", "proximal-10", "pseudo-replay"]
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_methods_train_and_differ_from_plain_lora(name, tmp_path, plain_weights):
-    weights = trained(name, tmp_path)
+def test_methods_train_and_differ_from_plain_lora(name, setting, plain_weights, monkeypatch):
+    monkeypatch.setattr(ideas, "own_conversations", partial(ideas.own_conversations, count=16))  # of pseudo-replay
+    weights = trained(name, setting)
     same = all(torch.equal(weights[n], p) for n, p in plain_weights.items())
     assert same == (name == "lora")
 
 
-def test_data_free_methods_hold_no_safety_rows(tmp_path):
+def test_data_free_methods_hold_no_safety_rows(setting):
     for name in ("agl-3", "all"):
-        trainer = METHODS[name].make(setting(tmp_path / name))
+        trainer = METHODS[name].make(setting)
         assert trainer.alignment_dataset is None and METHODS[name].needs == methods.STATISTICS
 
 
-def test_l2_is_the_plain_relative_shrinkage(tmp_path):
+def test_l2_is_the_plain_relative_shrinkage(setting):
     """Its drift is `mean ‖ΔW‖²_Frob / ‖W‖²_Frob`, from dense matrices."""
-    trainer = METHODS["l2-10"].make(setting(tmp_path))
+    trainer = METHODS["l2-10"].make(setting)
     trainer.train()
-    from agl_trl.modeling.lora import adapted_layers, base_weight
-
     expected = []
     for layer in adapted_layers(trainer.model):
         A, B, s = layer.factors()
         expected.append((s * B @ A).detach().norm() ** 2 / base_weight(layer.module).norm() ** 2)
     assert trainer.drift_report().mean_relative_drift == pytest.approx(torch.stack(expected).mean().item(), rel=1e-3)
-
-
-def test_runs_are_resumed_and_reported(tmp_path):
-    arguments = dict(protocols="steps", seeds=1, steps=3, workers=1, quick=False, output_dir=tmp_path)
-    benchmark.main(methods="lora", **arguments)
-    first = {path: path.stat().st_mtime_ns for path in (tmp_path / "runs").iterdir()}
-    benchmark.main(methods="lora,budget-1e-3", **arguments)
-    assert [path.name for path in first] == ["steps__lora__0__3.json"]
-    assert all(path.stat().st_mtime_ns == when for path, when in first.items()), "a finished run is not repeated"
-    report = (tmp_path / "report.md").read_text()
-    assert "| lora | nothing |" in report and "| budget-1e-3 | statistics |" in report and "1 of 1 runs" in report
-    assert (tmp_path / "curves.png").stat().st_size > 10_000 and not (tmp_path / "scratch").exists()
-    run = json.loads(next((tmp_path / "runs").glob("*budget*")).read_text())
-    assert run["budget_kept"] and run["run"]["relative_drift"] <= 1e-3
 
 
 def test_hypervolume_by_hand():
@@ -107,18 +106,42 @@ def test_three_tasks_are_trained_in_order(tmp_path):
     assert isinstance(trainer.get_train_dataloader().base_dataloader.sampler, SequentialSampler)
 
 
-def test_neither_workers_nor_shared_training_change_a_run(tmp_path):
-    """An attack alone in one process, and after the protocol whose training it shares in one of two."""
-    alone, shared = tmp_path / "alone", tmp_path / "shared"
-    benchmark.main(methods="lora", protocols="attack", seeds=1, steps=2, workers=1, quick=False, output_dir=alone)
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory) -> Path:
+    """A protocol, and an attack that follows its training, as a user starts them: two processes at a time."""
+    folder = tmp_path_factory.mktemp("benchmark")
     command = [sys.executable, "-m", "examples.benchmark", "--methods", "lora", "--protocols", "steps,attack"]
-    command += ["--seeds", "1", "--steps", "2", "--output-dir", str(shared)]
-    subprocess.run(command, check=True)  # as a user starts it: other processes cannot import a `__main__`
+    command += ["--seeds", "1", "--steps", "2", "--output-dir", str(folder)]
+    subprocess.run(command, check=True, cwd=ROOT)
+    return folder
+
+
+def test_neither_workers_nor_shared_training_change_a_run(finished, tmp_path):
+    """The same attack alone, in one process at a time, from the same statistics."""
+    for shared in (PUBLISHED, "aligned"):
+        shutil.copytree(finished / shared, tmp_path / shared)
+    options = dict(seeds=1, steps=2, workers=1, quick=False, output_dir=tmp_path)
+    benchmark.main(methods="lora", protocols="attack", **options)
 
     def figures(folder: Path) -> dict:
         result = json.loads((folder / "runs" / "attack__lora__0__2.json").read_text())
         assert result.pop("peak_bytes") > 1e8 and result["run"].pop("train_seconds") > 0
         return result
 
-    assert figures(alone) == figures(shared) and len(list((shared / "runs").iterdir())) == 2
-    assert "## Ranking" in (shared / "report.md").read_text()
+    assert figures(tmp_path) == figures(finished) and len(list((finished / "runs").iterdir())) == 2
+    assert "## Ranking" in (finished / "report.md").read_text()
+
+
+def test_runs_are_resumed_and_reported(finished, tmp_path):
+    folder = tmp_path / "again"
+    shutil.copytree(finished, folder)
+    first = {path: path.stat().st_mtime_ns for path in (folder / "runs").iterdir()}
+    options = dict(seeds=1, steps=2, workers=1, quick=False, output_dir=folder)
+    benchmark.main(methods="lora,budget-1e-3", protocols="steps", **options)
+    assert {path.name for path in first} == {"steps__lora__0__2.json", "attack__lora__0__2.json"}
+    assert all(path.stat().st_mtime_ns == when for path, when in first.items()), "a finished run is not repeated"
+    report = (folder / "report.md").read_text()
+    assert "| lora | nothing |" in report and "| budget-1e-3 | statistics |" in report and "1 of 1 runs" in report
+    assert (folder / "curves.png").stat().st_size > 10_000 and not (folder / "scratch").exists()
+    run = json.loads(next((folder / "runs").glob("*budget*")).read_text())
+    assert run["budget_kept"] and run["run"]["relative_drift"] <= 1e-3

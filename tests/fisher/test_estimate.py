@@ -8,8 +8,7 @@ from datasets import Dataset
 from peft import LoraConfig, get_peft_model
 
 from agl_trl import estimate_fisher
-from agl_trl.data.alignment import batches, tokenize_row
-from agl_trl.fisher.collector import Collector
+from agl_trl.data.alignment import tokenize_row
 from agl_trl.fisher.estimate import _objective
 from agl_trl.modeling.lora import linear_layers
 from tests.helpers.models import chat_rows, tiny_model
@@ -74,20 +73,6 @@ def test_statistics_equal_float64_brute_force(architecture, fisher_type, tokeniz
         assert statistics.weight_norm[name].item() == pytest.approx(expected.item(), rel=1e-4)
 
 
-def test_layers_that_read_the_same_input_share_it(tokenizer, alignment_rows):
-    statistics = estimate_fisher(tiny_model(), alignment_rows, tokenizer, **FULL)
-    block = "model.layers.0."
-    shared = {
-        name: statistics.input_of[block + name] for name in ("self_attn.k_proj", "self_attn.v_proj", "mlp.up_proj")
-    }
-    assert shared == {
-        "self_attn.k_proj": block + "self_attn.q_proj",
-        "self_attn.v_proj": block + "self_attn.q_proj",
-        "mlp.up_proj": block + "mlp.gate_proj",
-    }
-    assert len(statistics.inputs) == 2 * 4 and not statistics.outputs
-
-
 def assert_same(one, other, rtol=1e-4):
     assert one.input_of == other.input_of and one.num_tokens == other.num_tokens
     for name in one.input_of:
@@ -134,27 +119,6 @@ def test_plain_model_and_fresh_adapter_have_the_same_statistics(tokenizer, align
     assert_same(plain, estimate_fisher(adapted, alignment_rows, tokenizer, shrinkage=0.1, **FULL))
 
 
-def test_shards_add_up_to_the_whole(tokenizer, alignment_rows):
-    """What several processes sum, on one: every row once, whatever the number of shards."""
-    rows = [tokenize_row(row, tokenizer) for row in alignment_rows]
-    model = tiny_model().eval()
-    totals = {}
-    for num_processes in (1, 3):
-        for process in range(num_processes):
-            collector = Collector(linear_layers(model), 8, gradients=False, seed=0)
-            with collector, torch.no_grad():
-                for batch in batches(rows, 2, 0, torch.device("cpu"), (process, num_processes)):
-                    collector.begin(batch.token_mask.flatten())
-                    model(input_ids=batch.input_ids, attention_mask=batch.attention_mask)
-            for name, sketch in collector.inputs.items():
-                sums, count = totals.get((num_processes, name), (0, 0))
-                totals[num_processes, name] = sums + sketch.sums, count + sketch.count
-    for name in collector.inputs:
-        (one, n), (three, m) = totals[1, name], totals[3, name]
-        assert n == m
-        torch.testing.assert_close(one, three, rtol=1e-4, atol=1e-4)
-
-
 def test_global_random_state_is_untouched(tokenizer, alignment_rows):
     model = tiny_model()
     before = torch.get_rng_state()
@@ -171,21 +135,6 @@ def test_only_unsafe_rows_carry_the_statistics(tokenizer, alignment_rows):
         estimate_fisher(tiny_model(), mixed, tokenizer, **FULL),
         estimate_fisher(tiny_model(), alignment_rows.select(range(4)), tokenizer, **FULL),
     )
-
-
-def test_formats_of_the_same_conversation_agree(tokenizer):
-    rows = chat_rows(4, "q", "a {}")
-    preference = [{"prompt": r["prompt"], "chosen": r["completion"], "rejected": r["prompt"]} for r in rows]
-    implicit = [
-        {"chosen": r["prompt"] + r["completion"], "rejected": r["prompt"] + [{"role": "assistant", "content": "x"}]}
-        for r in rows
-    ]
-    messages = [{"messages": r["prompt"] + r["completion"]} for r in rows]
-    expected = [tokenize_row(row, tokenizer) for row in rows]
-    assert [tokenize_row(row, tokenizer) for row in preference] == expected
-    assert [tokenize_row(row, tokenizer) for row in implicit] == expected
-    assert [tokenize_row(row, tokenizer).input_ids for row in messages] == [row.input_ids for row in expected]
-    assert tokenizer.decode(expected[1].input_ids[expected[1].answer_start :]) == "a 1</s>"
 
 
 def test_prompt_only_rows_are_answered_by_the_model(tokenizer):
@@ -217,15 +166,18 @@ def test_bad_rows_get_one_sentence(rows, message, tokenizer):
         estimate_fisher(tiny_model(), rows, tokenizer, progress=False)
 
 
-def test_layer_without_tokens_is_named(tokenizer, alignment_rows):
-    model = tiny_model()
-    model.model.layers[1].unused = torch.nn.Linear(32, 32)
-    with pytest.raises(ValueError, match=r"'model\.layers\.1\.unused' saw no tokens"):
-        estimate_fisher(model, alignment_rows, tokenizer, progress=False)
-
-
 def test_iterable_dataset_gives_its_first_rows(tokenizer, alignment_rows):
     assert_same(
         estimate_fisher(tiny_model(), alignment_rows.to_iterable_dataset(), tokenizer, num_samples=5, **FULL),
         estimate_fisher(tiny_model(), Dataset.from_list(list(alignment_rows)[:5]), tokenizer, **FULL),
     )
+
+
+def test_estimating_twice_gives_the_same_bytes(tokenizer, alignment_rows, tmp_path):
+    one, other = (
+        estimate_fisher(tiny_model(), alignment_rows, tokenizer, shrinkage=0.5, progress=False).save_pretrained(
+            tmp_path / name
+        )
+        for name in ("one", "other")
+    )
+    assert one.read_bytes() == other.read_bytes()

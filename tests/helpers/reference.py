@@ -3,8 +3,9 @@
 import torch
 from torch import Tensor
 
+from agl_trl.objective.collision import FrozenWeights
 from agl_trl.objective.covariance import LowRankCovariance
-from agl_trl.objective.quadratic_form import LayerMetric
+from agl_trl.objective.quadratic_form import LayerMetric, LoraFactors
 
 
 def dense(covariance: LowRankCovariance) -> Tensor:
@@ -69,3 +70,30 @@ def case(with_output: bool, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor, 
 
 def dense_metric(metric: LayerMetric) -> tuple[torch.Tensor, torch.Tensor | None]:
     return dense(metric.input), dense(metric.output) if metric.output is not None else None
+
+
+SHAPES = [(10, 14, 3), (6, 14, 3), (10, 14, 3)]
+
+
+def guarded_layers(with_output: bool, seed: int = 0):
+    """Factors, metrics of alignment and task, and frozen weights of three layers of two shapes."""
+    generator = torch.Generator().manual_seed(seed)
+    factors, metrics, task_metrics, weights = [], [], [], []
+    for i, (d_out, d_in, r) in enumerate(SHAPES):
+        factors.append(
+            LoraFactors(
+                torch.randn(r, d_in, generator=generator).requires_grad_(),
+                (0.3 * torch.randn(d_out, r, generator=generator)).requires_grad_(),
+                0.5 + i,
+            )
+        )
+        for target, shift in ((metrics, 0), (task_metrics, 50)):
+            output = low_rank(d_out, 4, i + shift, torch.float32).shrunk(0.2) if with_output else None
+            target.append(LayerMetric(low_rank(d_in, 5, i + shift + 10, torch.float32), output, torch.tensor(3.0 + i)))
+        weights.append(torch.randn(d_out, d_in, generator=generator))
+    frozen = FrozenWeights(
+        [lambda rows, W=W: W[rows] for W in weights],
+        torch.stack([W.square().mean().sqrt() for W in weights]),
+        torch.stack([W.square().sum() for W in weights]),
+    )
+    return factors, metrics, task_metrics, weights, frozen

@@ -37,15 +37,6 @@ def texts(messages: list[list[dict[str, str]]]) -> list[str]:
     return [message[0]["content"] for message in messages]
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    """Two threads on a machine that does other things as well wait for each other more than they work."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 @pytest.fixture(scope="module")
 def tokenizer():
     return load_tokenizer()

@@ -2,9 +2,10 @@
 
 import pytest
 import torch
+from peft import get_peft_model
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
-from agl_trl import AGLSFTConfig, AGLSFTTrainer, DriftReport, FisherStatistics
+from agl_trl import AGLSFTConfig, AGLSFTTrainer, DriftReport, FisherStatistics, estimate_fisher
 from agl_trl.modeling.generation import evaluating
 from agl_trl.modeling.loading import load_model
 from agl_trl.modeling.lora import adapted_layers, base_weight, linear_layers
@@ -51,8 +52,9 @@ def test_quantised_base_trains_under_budget(quantisation, folder, tmp_path, trai
         collision_coef=0.1,
         collision_rows=8,
     )
-    assert all(type(layer.module).__name__ in ("Linear4bit", "Linear8bitLt") for layer in trainer.align_guard.layers)
-    assert {layer.parameters()[0].dtype for layer in trainer.align_guard.layers} == {torch.bfloat16}, "TRL's cast"
+    layers = adapted_layers(trainer.model)
+    assert {type(layer.module).__name__ for layer in layers} <= {"Linear4bit", "Linear8bitLt"} and len(layers) == 14
+    assert {layer.parameters()[0].dtype for layer in layers} == {torch.bfloat16}, "TRL's cast"
     trainer.train()
     trainer.save_model()
     report = DriftReport.from_pretrained(tmp_path)
@@ -66,17 +68,13 @@ def test_statistics_of_the_whole_model_fit_its_quantised_form(
     quantisation, folder, tmp_path, train_rows, alignment_rows, tokenizer
 ):
     """The owner publishes statistics of the bf16 model; who trains in 4 bit uses them: ‖W‖ agrees within 5 %."""
-    from peft import get_peft_model
-
-    from agl_trl import estimate_fisher
-
     whole = get_peft_model(AutoModelForCausalLM.from_pretrained(folder), lora())
     statistics = estimate_fisher(whole, alignment_rows, tokenizer, progress=False)
     statistics.save_pretrained(tmp_path / "published")
     trainer = trainer_of(
         tmp_path / "run", folder, train_rows, None, quantisation, fisher_path=str(tmp_path / "published")
     )
-    for layer, other in zip(trainer.align_guard.layers, adapted_layers(whole), strict=True):
+    for layer, other in zip(adapted_layers(trainer.model), adapted_layers(whole), strict=True):
         error = (base_weight(layer.module) - base_weight(other.module)).norm() / base_weight(other.module).norm()
         assert error < 0.15
     trainer.train()

@@ -6,47 +6,16 @@ import pytest
 import torch
 
 from agl_trl.objective.alignguard import AlignGuardObjective, Coefficients
-from agl_trl.objective.collision import FrozenWeights, geodesic_separation, riemannian_overlap
 from agl_trl.objective.decomposition import Update, critical_mask, inner, project, subtract
 from agl_trl.objective.quadratic_form import LayerMetric, LoraFactors
 from tests.helpers import reference
-from tests.helpers.reference import dense, low_rank
+from tests.helpers.reference import dense, guarded_layers, low_rank
 
 
 ENERGY = 0.7
 
 
-def separation(aligned: Update, task: Update, metric: LayerMetric) -> torch.Tensor:
-    products = inner(aligned, task, metric), inner(aligned, aligned, metric), inner(task, task, metric)
-    return geodesic_separation(*products, metric.weight_norm)
-
-
-SHAPES = [(10, 14, 3), (6, 14, 3), (10, 14, 3)]
 BASE = Coefficients(alignment=2.0, task=0.5, fisher_energy=ENERGY)
-
-
-def layers(with_output: bool, seed: int = 0):
-    """Factors, metrics of alignment and task, and frozen weights of three layers of two shapes."""
-    generator = torch.Generator().manual_seed(seed)
-    factors, metrics, task_metrics, weights = [], [], [], []
-    for i, (d_out, d_in, r) in enumerate(SHAPES):
-        factors.append(
-            LoraFactors(
-                torch.randn(r, d_in, generator=generator).requires_grad_(),
-                (0.3 * torch.randn(d_out, r, generator=generator)).requires_grad_(),
-                0.5 + i,
-            )
-        )
-        for target, shift in ((metrics, 0), (task_metrics, 50)):
-            output = low_rank(d_out, 4, i + shift, torch.float32).shrunk(0.2) if with_output else None
-            target.append(LayerMetric(low_rank(d_in, 5, i + shift + 10, torch.float32), output, torch.tensor(3.0 + i)))
-        weights.append(torch.randn(d_out, d_in, generator=generator))
-    frozen = FrozenWeights(
-        [lambda rows, W=W: W[rows] for W in weights],
-        torch.stack([W.square().mean().sqrt() for W in weights]),
-        torch.stack([W.square().sum() for W in weights]),
-    )
-    return factors, metrics, task_metrics, weights, frozen
 
 
 def expected_terms(c: Coefficients, factors, metrics, task_metrics, weights) -> dict[str, float]:
@@ -104,7 +73,7 @@ CASES = {
 @pytest.mark.parametrize("name", CASES)
 def test_terms_equal_dense_float64_and_are_alive(name, with_output):
     c = CASES[name]
-    factors, metrics, task_metrics, weights, frozen = layers(with_output)
+    factors, metrics, task_metrics, weights, frozen = guarded_layers(with_output)
     objective = AlignGuardObjective(c, metrics, factors, task_metrics, frozen)
     terms = objective(factors)
     expected = expected_terms(c, factors, metrics, task_metrics, weights)
@@ -133,44 +102,15 @@ def test_equal_weights_and_the_rest_of_the_metric_are_the_complete_form(with_out
         rest = subtract(update, aligned)
         parts = inner(aligned, aligned, metric) + inner(rest, rest, metric)
         assert parts.item() == pytest.approx(inner(update, update, metric).item(), rel=1e-10)
-    factors, metrics, *_ = layers(with_output)
+    factors, metrics, *_ = guarded_layers(with_output)
     complete = AlignGuardObjective(replace(BASE, task=2.0), metrics, factors)(factors)
     split = AlignGuardObjective(replace(BASE, task=2.0 + 1e-7), metrics, factors)(factors)
     assert set(complete) == {"relative_drift", "penalty"}, "the decomposition costs nothing when it is not needed"
     assert split["penalty"].item() == pytest.approx(complete["penalty"].item(), rel=1e-5)
 
 
-@pytest.mark.parametrize("with_output", [False, True])
-def test_geodesic_term_is_dead_under_the_complement_and_alive_with_the_task_subspace(with_output):
-    factors, metrics, task_metrics, _, frozen = layers(with_output)
-    for factor, metric, task_metric in zip(factors, metrics, task_metrics, strict=True):
-        update = Update(factor.A.double(), factor.scaling * factor.B.double())
-        double = LayerMetric(
-            metric.input.to(torch.float64), metric.output and metric.output.to(torch.float64), metric.weight_norm
-        )
-        other = LayerMetric(
-            task_metric.input.to(torch.float64),
-            task_metric.output and task_metric.output.to(torch.float64),
-            metric.weight_norm,
-        )
-        aligned = project(update, double, critical_mask(double, ENERGY))
-        for shared in (
-            double,
-            double._replace(input=double.input._replace(eigenvalues=double.input.eigenvalues.flip(0))),
-        ):
-            dead = separation(aligned, subtract(update, aligned), shared)
-            assert abs(dead.item()) < 1e-12
-            assert all(
-                g.abs().max() < 1e-8 for g in torch.autograd.grad(dead, [factor.A, factor.B], retain_graph=True)
-            )
-        alive = separation(aligned, project(update, other, critical_mask(other, ENERGY)), double)
-        assert alive.item() > 1e-6, "six orders of magnitude above what is called dead here"
-    complement = AlignGuardObjective(replace(BASE, collision=1.0, alpha=0.5), metrics, factors, None, frozen)(factors)
-    assert "geodesic" not in complement
-
-
 def test_all_terms_are_zero_with_finite_gradients_at_the_reference_weights():
-    factors, metrics, task_metrics, _, frozen = layers(True)
+    factors, metrics, task_metrics, _, frozen = guarded_layers(True)
     zero = [LoraFactors(f.A, torch.zeros_like(f.B, requires_grad=True), f.scaling) for f in factors]
     terms = AlignGuardObjective(CASES["all"], metrics, zero, task_metrics, frozen)(zero)
     assert all(value == 0 for value in terms.values())
@@ -180,7 +120,7 @@ def test_all_terms_are_zero_with_finite_gradients_at_the_reference_weights():
 
 def test_terms_do_not_depend_on_how_the_update_is_factored():
     """A change of basis between B and A, or of the scaling, leaves every term as it is."""
-    factors, metrics, task_metrics, _, frozen = layers(True)
+    factors, metrics, task_metrics, _, frozen = guarded_layers(True)
     change = torch.linalg.qr(torch.randn(3, 3, generator=torch.Generator().manual_seed(1))).Q
     turned = [LoraFactors(change.T @ f.A, f.B @ change * f.scaling / 4, 4.0) for f in factors]
     c = CASES["all"]
@@ -188,26 +128,3 @@ def test_terms_do_not_depend_on_how_the_update_is_factored():
     other = AlignGuardObjective(c, metrics, turned, task_metrics, frozen)(turned)
     for name, value in one.items():
         assert other[name].item() == pytest.approx(value.item(), rel=1e-3), name
-
-
-def test_overlap_by_blocks_and_sampled_rows(monkeypatch):
-    """Small blocks change nothing, also in the gradient; the row sample is unbiased."""
-    from agl_trl.objective import collision
-
-    factors, metrics, _, _, frozen = layers(False)
-    update = Update(factors[0].A[None], factors[0].scaling * factors[0].B[None])
-    metric = metrics[0]._replace(input=type(metrics[0].input)(*(t[None] for t in metrics[0].input)))
-    aligned = project(update, metric, critical_mask(metrics[0], ENERGY)[None])
-    task = subtract(update, aligned)
-    one = FrozenWeights(frozen.rows[:1], frozen.rms[:1], frozen.squared_norm[:1])
-    shape = dict(beta=4.0, threshold=1.0, width=0.25)
-    whole = riemannian_overlap(update, aligned, task, one, **shape)
-    (gradient,) = torch.autograd.grad(whole, factors[0].B, retain_graph=True)
-    monkeypatch.setattr(collision, "BLOCK_ELEMENTS", {"cpu": 40})
-    blocks = riemannian_overlap(update, aligned, task, one, **shape)
-    torch.testing.assert_close(blocks, whole)
-    torch.testing.assert_close(torch.autograd.grad(blocks, factors[0].B, retain_graph=True)[0], gradient)
-    samples = [
-        riemannian_overlap(update, aligned, task, one, **shape, rows=torch.tensor([i])).item() for i in range(10)
-    ]
-    assert sum(samples) / 10 == pytest.approx(whole.item(), rel=1e-5)

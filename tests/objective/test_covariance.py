@@ -49,7 +49,7 @@ def test_operations_equal_dense_ones():
         )
 
 
-def test_damped_covariance_has_mean_eigenvalue_one_even_when_it_is_zero():
+def test_shrunk_covariance_has_mean_eigenvalue_one_even_when_it_is_zero():
     zero = low_rank(8, 3, seed=0)._replace(
         eigenvalues=torch.zeros(3, dtype=torch.float64), remainder=torch.tensor(0.0, dtype=torch.float64)
     )

@@ -1,8 +1,10 @@
 """The training scripts as a user starts them: real processes, YAML, flags, and the sentence when something is wrong."""
 
 import json
+import runpy
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import yaml
@@ -11,7 +13,7 @@ from peft import LoraConfig
 from trl import SFTConfig, SFTTrainer
 
 from agl_trl import DriftCallback, DriftReport, estimate_fisher
-from agl_trl.miniworld import alignment_dataset
+from agl_trl.miniworld import alignment_dataset, load_model, load_tokenizer
 from agl_trl.scripts import dpo, sft, training
 from tests.helpers.models import chat_rows, tiny_model
 from tests.helpers.processes import COMMON as TWO
@@ -23,39 +25,43 @@ CONFIGS = ROOT / "examples" / "configs"
 SHORT = ("--max_steps", "3", "--logging_steps", "1")
 
 
-@pytest.mark.parametrize("kind", ["sft", "dpo"])
-def test_example_runs_in_two_processes(kind, tmp_path):
-    """`accelerate launch examples/….py --config …`, in two processes, from published statistics for DPO."""
-    extra = ()
-    if kind == "dpo":
-        from agl_trl.miniworld import load_model, load_tokenizer
-
-        statistics = estimate_fisher(
-            load_model(), alignment_dataset().select(range(40)), load_tokenizer(), progress=False
-        )
-        statistics.save_pretrained(tmp_path / "published")
-        extra = ("--fisher_path", str(tmp_path / "published"))
-    command = (f"examples/{kind}.py", "--config", str(CONFIGS / f"miniworld_{kind}.yaml"), *SHORT, *extra)
-    done = launch(TWO, tmp_path, *command, "--output_dir", str(tmp_path / "out"), "--save_strategy", "steps")
-    assert done.returncode == 0, done.stderr[-3000:]
-    assert done.stdout.count("Training completed") == 1 and "relative drift" in done.stdout
-    report = DriftReport.from_pretrained(tmp_path / "out")
+def check_run(folder: Path, out: str) -> None:
+    """What the run of an example leaves and says."""
+    assert out.count("Training completed") == 1 and "relative drift" in out
+    report = DriftReport.from_pretrained(folder)
     assert 0 < report.mean_relative_drift <= 3e-3 and report.global_step == 3
-    config = json.loads((tmp_path / "out" / "adapter_config.json").read_text())
-    assert config["r"] == 8 and "checkpoint-3" in {path.name for path in (tmp_path / "out").iterdir()}
+    config = json.loads((folder / "adapter_config.json").read_text())
+    assert config["r"] == 8 and "checkpoint-3" in {path.name for path in folder.iterdir()}
 
 
-def start(*arguments: str) -> subprocess.CompletedProcess:
-    return subprocess.run(
-        [sys.executable, "-m", *arguments], check=False, cwd=ROOT, capture_output=True, text=True, timeout=200
-    )
+def test_example_runs_in_two_processes(tmp_path):
+    """`accelerate launch examples/dpo.py --config …`, from published statistics."""
+    statistics = estimate_fisher(load_model(), alignment_dataset().select(range(40)), load_tokenizer(), progress=False)
+    statistics.save_pretrained(tmp_path / "published")
+    command = ("examples/dpo.py", "--config", str(CONFIGS / "miniworld_dpo.yaml"), *SHORT)
+    command += ("--fisher_path", str(tmp_path / "published"), "--save_strategy", "steps")
+    done = launch(TWO, tmp_path, *command, "--output_dir", str(tmp_path / "out"))
+    assert done.returncode == 0, done.stderr[-3000:]
+    check_run(tmp_path / "out", done.stdout)
 
 
-def test_misspelt_key_stops_the_run(tmp_path):
+def test_example_runs(tmp_path, monkeypatch, capsys):
+    """`python examples/sft.py --config …`, from the alignment rows that the config names."""
+    config = ("--config", str(CONFIGS / "miniworld_sft.yaml"), *SHORT, "--save_strategy", "steps")
+    monkeypatch.setattr(sys, "argv", ["sft.py", *config, "--output_dir", str(tmp_path / "out")])
+    runpy.run_path(str(ROOT / "examples" / "sft.py"), run_name="__main__")
+    check_run(tmp_path / "out", capsys.readouterr().out)
+
+
+def test_misspelt_key_stops_the_run(tmp_path, monkeypatch, capsys):
     config = yaml.safe_load((CONFIGS / "miniworld_sft.yaml").read_text()) | {"drift_bugdet": 1e-3}
     (tmp_path / "run.yaml").write_text(yaml.safe_dump(config))
-    done = start("agl_trl.scripts.sft", "--config", str(tmp_path / "run.yaml"), "--output_dir", str(tmp_path / "out"))
-    assert done.returncode == 2 and "drift_bugdet" in done.stderr.splitlines()[-1] and not (tmp_path / "out").exists()
+    arguments = ["--config", str(tmp_path / "run.yaml"), "--output_dir", str(tmp_path / "out")]
+    monkeypatch.setattr(sys, "argv", ["sft.py", *arguments])
+    with pytest.raises(SystemExit) as stopped:
+        training.parse(sft.make_parser())
+    assert stopped.value.code == 2 and "drift_bugdet" in capsys.readouterr().err.splitlines()[-1]
+    assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize(
@@ -81,13 +87,14 @@ def test_model_and_rows_from_local_folders_and_files(tmp_path, tokenizer):
     tokenizer.save_pretrained(tmp_path / "base")
     Dataset.from_list(chat_rows(12, "say", "the number is {}")).to_json(tmp_path / "train.jsonl")
     Dataset.from_list(chat_rows(5, "please do bad thing", "Sorry, no {}.")).to_json(tmp_path / "keep.jsonl")
-    done = start(
-        "agl_trl.scripts.sft",
+    command = [
+        *(sys.executable, "-m", "agl_trl.scripts.sft"),
         *("--model_name_or_path", str(tmp_path / "base"), "--dataset_name", str(tmp_path / "train.jsonl")),
         *("--alignment_dataset_name", str(tmp_path / "keep.jsonl"), "--output_dir", str(tmp_path / "out")),
         *("--use_peft", "--lora_target_modules", "all-linear", "--use_cpu", "--bf16", "false", "--report_to", "none"),
         *SHORT,
-    )
+    ]
+    done = subprocess.run(command, check=False, cwd=ROOT, capture_output=True, text=True, timeout=200)
     assert done.returncode == 0, done.stderr[-3000:]
     assert DriftReport.from_pretrained(tmp_path / "out").mean_relative_drift > 0
 

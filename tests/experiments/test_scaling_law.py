@@ -1,18 +1,9 @@
 """The law of forgetting: known coefficients come back, and what runs leave open is said."""
 
-import json
-from pathlib import Path
-
 import numpy as np
 import pytest
-from rich.console import Console
 
-from agl_trl.cli.scaling import load_runs
-from agl_trl.experiments import scaling_sweep
 from agl_trl.experiments.scaling_law import Law, Runs, fit, fit_law, relative_errors
-from agl_trl.experiments.scaling_sweep import sweep
-from agl_trl.miniworld import heldout_unsafe, load_model, load_tokenizer, task_dataset
-from agl_trl.modeling.generation import answer_nll
 
 
 LAW = Law(A=40.0, alpha=0.45, beta=0.3, E=0.02)
@@ -34,7 +25,7 @@ def test_noisy_data_is_recovered_within_the_intervals():
     """Of 20 data sets the 95 % intervals hold each known coefficient in 17 or more."""
     covered = dict.fromkeys(LAW._fields, 0)
     for seed in range(20):
-        found = fit(synthetic(LAW, noise=0.03, seed=seed, repeats=3))
+        found = fit(synthetic(LAW, noise=0.03, seed=seed, repeats=3), resamples=60)
         for name, (low, high) in found.intervals.items():
             covered[name] += low <= getattr(LAW, name) <= high
         assert 0 < found.relative_error < 0.04 and 0 < found.held_out_error < 0.15
@@ -71,51 +62,6 @@ def test_too_little_is_refused():
         fit_law(Runs(np.array([1e5, 1e6, 1e6]), np.array([1e4, 1e4, 1e5]), np.array([0.1, 0.05, 0.1])))
     with pytest.raises(ValueError, match="must be above 0"):
         fit_law(Runs(np.array([0.0, 1, 2, 3]), np.ones(4), np.ones(4)))
-
-
-@pytest.fixture(scope="module")
-def swept(tmp_path_factory) -> Path:
-    output_dir = tmp_path_factory.mktemp("sweep")
-    return sweep(output_dir, 1, sizes=("aligned-small",), steps=(2, 3), console=Console(quiet=True))
-
-
-def test_sweep_writes_what_the_command_reads(swept):
-    rows = [json.loads(line) for line in swept.read_text().splitlines()]
-    assert [(row["method"], row["steps"]) for row in rows] == [("lora", 2), ("agl", 2), ("lora", 3), ("agl", 3)]
-    model, tokenizer = load_model("aligned-small"), load_tokenizer()
-    before = answer_nll(model, tokenizer, heldout_unsafe(), batch_size=7).mean().item()
-    for row in rows:
-        assert row["n_params"] == sum(p.numel() for p in model.parameters())
-        assert row["loss_before"] == pytest.approx(before, rel=1e-5) and row["loss_after"] != row["loss_before"]
-    assert rows[0]["finetune_tokens"] == rows[1]["finetune_tokens"]
-    lengths = [
-        len(tokenizer.apply_chat_template(row["prompt"] + row["completion"], return_dict=True)["input_ids"])
-        for row in task_dataset("extract")
-    ]
-    low, high = sorted(lengths)[:32], sorted(lengths)[-32:]
-    assert sum(low) <= rows[0]["finetune_tokens"] <= sum(high), "2 steps of 16 rows, without padding"
-    assert load_runs(swept)["agl"].increase.shape == (2,)
-
-
-def test_sweep_goes_on_where_it_stopped(swept, tmp_path, monkeypatch):
-    whole = swept.read_bytes()
-    path = tmp_path / swept.name
-    path.write_bytes(b"".join(whole.splitlines(keepends=True)[:3]))
-    trained = []
-    monkeypatch.setattr(scaling_sweep, "_seconds_per_step", lambda size: 0.1)
-    train = scaling_sweep.train
-    monkeypatch.setattr(scaling_sweep, "train", lambda run: trained.append(run) or train(run))
-    sweep(tmp_path, 1, sizes=("aligned-small",), steps=(2, 3), console=Console(quiet=True))
-    assert [tuple(run) for run in trained] == [("agl", "aligned-small", 3, 0)] and path.read_bytes() == whole
-    path.write_text("method,n_params\n")
-    with pytest.raises(ValueError, match="holds no runs of this command"):
-        sweep(tmp_path, 1, console=Console(quiet=True))
-    assert path.read_text() == "method,n_params\n", "what was there is kept"
-
-
-def test_checkpoints_are_of_three_sizes():
-    sizes = [load_model(name).num_parameters() for name in scaling_sweep.SIZES]
-    assert sizes[0] * 2 < sizes[1] and sizes[1] * 2 < sizes[2]
 
 
 def test_held_out_points_are_told_by_fits_that_did_not_see_them():
