@@ -44,7 +44,7 @@ def layer_importance(coef: float) -> Callable[[Setting], SFTTrainer]:
             AGLSFTTrainer, AGLSFTConfig(**common(setting, fisher_path=str(path), alignment_coef=coef)), setting
         )
         statistics.weight_norm = norms  # of the unscaled metric: the scale stays in the drift
-        trainer.statistics = statistics
+        trainer.align_guard.statistics = statistics
         return trainer
 
     return make

@@ -110,4 +110,6 @@ def test_numbers_are_finite_floats_of_a_shape(tensor, sentence):
 
 def test_refusal_names_kind_and_file():
     told = str(refuse("Fisher statistics", Path("a/b.safetensors"), ArtifactError("'seed' is missing")))
-    assert told == "The Fisher statistics in 'a/b.safetensors' can't be used, incomplete or malformed: 'seed' is missing."
+    assert (
+        told == "The Fisher statistics in 'a/b.safetensors' can't be used, incomplete or malformed: 'seed' is missing."
+    )

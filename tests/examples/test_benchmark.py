@@ -61,7 +61,7 @@ def test_methods_train_and_differ_from_plain_lora(name, setting, plain_weights, 
 def test_data_free_methods_hold_no_safety_rows(setting):
     for name in ("agl-3", "all"):
         trainer = METHODS[name].make(setting)
-        assert trainer.alignment_dataset is None and METHODS[name].needs == methods.STATISTICS
+        assert trainer.align_guard.alignment_dataset is None and METHODS[name].needs == methods.STATISTICS
 
 
 def test_l2_is_the_plain_relative_shrinkage(setting):

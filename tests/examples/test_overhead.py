@@ -26,8 +26,9 @@ def operators(layers: int, **options) -> tuple[Counter[str], set[str]]:
     with profile() as profiler:
         add_gradients(regularizer.parameters, regularizer.gradients(0)[1])
         regularizer.hold()
-    events = profiler.events()
-    return Counter(event.name for event in events if event.cpu_parent is None), {event.name for event in events}
+    events = [event for event in profiler.events() if event.name.startswith("aten::")]
+    outermost = [e for e in events if e.cpu_parent is None or not e.cpu_parent.name.startswith("aten::")]
+    return Counter(event.name for event in outermost), {event.name for event in events}
 
 
 # Rows of W are read layer by layer: the only exception, in the Riemannian overlap.

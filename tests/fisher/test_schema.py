@@ -91,7 +91,7 @@ def test_half_a_sentence_becomes_one_that_names_the_file(good, tmp_path):
     with pytest.raises(ArtifactError) as failed:
         FisherStatistics.from_pretrained(path)
     reason = "tensor 'num_tokens' is missing"
-    assert str(failed.value) == f"The Fisher statistics in '{path}' are incomplete or malformed: {reason}."
+    assert str(failed.value) == f"The Fisher statistics in '{path}' can't be used, incomplete or malformed: {reason}."
 
 
 def test_input_side_alone_has_no_outputs(good):

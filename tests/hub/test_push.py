@@ -250,7 +250,7 @@ def test_a_save_during_an_upload_does_not_change_it(hub, online, tmp_path, token
     class Hold(TrainerCallback):
         def on_step_begin(self, args, state, control, **kwargs):
             if state.global_step == 1:
-                trainer._pusher.submit(release.wait)  # everything after it waits
+                trainer._hub.run_as_future(release.wait)  # everything after it waits
 
         def on_train_end(self, args, state, control, **kwargs):
             release.set()

@@ -51,7 +51,7 @@ def test_file_of_other_layers_is_refused(continued, tmp_path):
     with pytest.raises(ArtifactError) as failed:
         load_reference(tmp_path, continued)
     reason = f"layer '{continued[0].name}' is not covered"
-    assert str(failed.value) == f"The reference factors in '{path}' are incomplete or malformed: {reason}."
+    assert str(failed.value) == f"The reference factors in '{path}' can't be used, incomplete or malformed: {reason}."
     tensors, metadata = load_tensors(path)
     name = f"{continued[1].name}.B"
     save_tensors(path, tensors | {name: tensors[name][1:]}, metadata)

@@ -14,7 +14,7 @@ from trl import SFTConfig, SFTTrainer
 
 from agl_trl import DriftCallback, DriftReport, estimate_fisher
 from agl_trl.miniworld import alignment_dataset, load_model, load_tokenizer
-from agl_trl.scripts import dpo, sft, training
+from agl_trl.scripts import dpo, grpo, kto, sft, training
 from tests.helpers.models import chat_rows, tiny_model
 from tests.helpers.processes import COMMON as TWO
 from tests.helpers.processes import ROOT, launch
@@ -22,6 +22,7 @@ from tests.helpers.training import COMMON, lora
 
 
 CONFIGS = ROOT / "examples" / "configs"
+SCRIPTS = {"sft": sft, "dpo": dpo, "kto": kto, "grpo": grpo}
 SHORT = ("--max_steps", "3", "--logging_steps", "1")
 
 
@@ -106,7 +107,7 @@ def test_every_example_config_parses(path, monkeypatch, tmp_path):
     else:
         extra = []
     monkeypatch.setattr(sys, "argv", ["script", "--config", str(path), "--output_dir", str(tmp_path), *extra])
-    parser = (dpo if path.stem.endswith("dpo") else sft).make_parser()
+    parser = SCRIPTS.get(path.stem.rpartition("_")[2], sft).make_parser()
     script_args, training_args, model_args, _ = parser.parse_args_and_config()
     assert training_args.drift_budget == 3e-3 and training_args.agl_enabled and model_args.use_peft
     assert script_args.dataset_name
