@@ -191,6 +191,20 @@ class InputSide(NamedTuple):
     gram: Tensor
 
 
+class _Spectrum(NamedTuple):
+    """What the form reads of a group beside its eigenvectors, in float32: ρ and λ − ρ of X, and `(s / ‖W‖_𝓕)²`."""
+
+    remainder: Tensor  # (layers, 1, 1)
+    excess: Tensor  # (layers, 1, k)
+    share: Tensor  # (layers,)
+
+
+def _spectrum(group: LayerGroup) -> _Spectrum:
+    X = group.kept.input
+    share = (group.scaling / group.kept.weight_norm.float()) ** 2
+    return _Spectrum(X.remainder.float()[:, None, None], X.excess.float()[:, None, :], share)
+
+
 class RelativeDrift:
     """
     Relative drift of every layer, `‖ΔW‖²_𝓕 / ‖W‖²_𝓕`: *the* number of this project, dimensionless, and zero at the
@@ -207,11 +221,13 @@ class RelativeDrift:
         self.inverse = torch.tensor([index for group in groups for index in group.indices], device=device).argsort()
         size = sum(len(group.indices) * group.kept.input.eigenvectors[0].numel() for group in groups)
         self._metrics = [group.metric for group in groups] if size <= KEPT_WHOLE else None
+        self._spectra = [_spectrum(group) for group in groups]
 
-    def _grouped(self) -> Iterator[tuple[LayerGroup, LayerMetric]]:
-        """Groups with their metrics in float32."""
+    def _grouped(self) -> Iterator[tuple[LayerGroup, Tensor, LowRankCovariance | None, "_Spectrum"]]:
+        """Groups with the eigenvectors of X and with `G_δ` in float32, and their small constants."""
         for number, group in enumerate(self.groups):
-            yield group, group.metric if self._metrics is None else self._metrics[number]
+            X, G, _ = group.metric if self._metrics is None else self._metrics[number]
+            yield group, X.eigenvectors, G, self._spectra[number]
 
     def __call__(self, factors: Sequence[LoraFactors]) -> Tensor:
         """Relative drift per layer, of shape `(len(factors),)`, in float32 on the device of the first layer's factors."""
@@ -220,17 +236,16 @@ class RelativeDrift:
     def input_sides(self, factors: Sequence[LoraFactors]) -> list[InputSide]:
         """What the form reads of A, one entry per group."""
         sides = []
-        for group, (X, _, _) in self._grouped():
+        for group, V, _, (remainder, excess, _) in self._grouped():
             A = torch.stack([factors[i].A for i in group.indices]).float()
-            AV = torch.bmm(A, X.eigenvectors)
-            isotropic = X.remainder[:, None, None] * torch.bmm(A, A.mT)
-            sides.append(InputSide(AV, torch.baddbmm(isotropic, AV * X.excess[:, None, :], AV.mT)))
+            AV = torch.bmm(A, V)
+            sides.append(InputSide(AV, torch.baddbmm(remainder * torch.bmm(A, A.mT), AV * excess, AV.mT)))
         return sides
 
     def output_grams(self, factors: Sequence[LoraFactors]) -> list[Tensor]:
         """`Bᵀ G_δ B` of shape `(layers, r, r)`, one entry per group."""
         grams = []
-        for group, (_, G, _) in self._grouped():
+        for group, _, G, _ in self._grouped():
             B = torch.stack([factors[i].B for i in group.indices]).float()
             grams.append(torch.bmm(B.mT, B) if G is None else G.gram(B.mT))
         return grams
@@ -239,8 +254,8 @@ class RelativeDrift:
         """`s² tr((Bᵀ G_δ B)(A X Aᵀ)) / ‖W‖²_𝓕` per layer, of shape `(layers,)`."""
         device = self.inverse.device
         drifts = [
-            ((group.scaling / group.kept.weight_norm) ** 2 * (side.gram * gram).sum((1, 2))).to(device)
-            for group, side, gram in zip(self.groups, inputs, outputs, strict=True)
+            (share * (side.gram * gram).sum((1, 2))).to(device)
+            for (*_, share), side, gram in zip(self._spectra, inputs, outputs, strict=True)
         ]
         return torch.cat(drifts)[self.inverse]
 
@@ -271,13 +286,14 @@ class RelativeDrift:
             `list[Tensor]`: float32, with respect to A and B of every layer in turn.
         """
         gradients: list[Tensor] = [self.inverse] * (2 * len(factors))
-        for (group, (X, G, norm)), side, gram in zip(self._grouped(), inputs, outputs, strict=True):
+        twice = 2 / len(factors) * weight
+        for (group, V, G, (remainder, excess, share)), side, gram in zip(
+            self._grouped(), inputs, outputs, strict=True
+        ):
             A = torch.stack([factors[i].A for i in group.indices]).float()
             B = torch.stack([factors[i].B for i in group.indices]).float()
-            scale = (2 / len(factors) * weight * (group.scaling / norm) ** 2)[:, None, None]
-            AX = torch.baddbmm(
-                X.remainder[:, None, None] * A, side.coordinates * X.excess[:, None, :], X.eigenvectors.mT
-            )
+            scale = (twice * share)[:, None, None]
+            AX = torch.baddbmm(remainder * A, side.coordinates * excess, V.mT)
             GB = B if G is None else G.apply(B.mT).mT
             of_A, of_B = torch.bmm(scale * gram, AX), torch.bmm(GB, scale * side.gram)
             for index, gradient_A, gradient_B in zip(group.indices, of_A.unbind(), of_B.unbind(), strict=True):

@@ -98,6 +98,7 @@ class AlignGuardCallback(TrainerCallback):
         self.report: DriftReport | None = None
         self.resume_from: str | Path | None = None  # a trainer of ours knows
         self._metrics: dict[str, list[Tensor]] = {}
+        self._deepspeed = False
 
     def on_init_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: Any = None, **kwargs: Any
@@ -158,7 +159,8 @@ class AlignGuardCallback(TrainerCallback):
         if self.regularizer is None or checkpoint is not None:  # not again when the batch size is lowered
             self.regularizer = self._regularizer(args, model, kwargs["train_dataloader"].dataset, multiplier)
         self._metrics = {}
-        if AcceleratorState().deepspeed_plugin is not None:
+        self._deepspeed = AcceleratorState().deepspeed_plugin is not None
+        if self._deepspeed:
             before_step_of_deepspeed(kwargs["optimizer"], lambda engine: self._add(args, state, model, engine))
 
     def _regularizer(
@@ -212,7 +214,7 @@ class AlignGuardCallback(TrainerCallback):
     def on_pre_optimizer_step(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: Any = None, **kwargs: Any
     ) -> None:
-        if AcceleratorState().deepspeed_plugin is None:  # whose step is over by now
+        if not self._deepspeed:  # whose step is over by now
             unscale(kwargs["optimizer"], clipped=args.max_grad_norm > 0)
             self._add(args, state, model)
 
