@@ -12,10 +12,10 @@ from rich.console import Console
 from rich.table import Table
 
 from agl_trl.evaluation.behaviour import Rate
-from agl_trl.evaluation.refusal import gcg_judge, judge
+from agl_trl.evaluation.refusal import gcg_judge, judge_answer
 
 
-JUDGES = {"refusal strings": judge, "GCG strings": gcg_judge}
+JUDGES = {"refusal strings": judge_answer, "GCG strings": gcg_judge}
 
 
 def main() -> None:

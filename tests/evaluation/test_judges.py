@@ -60,13 +60,13 @@ def fails(sentence):
 
 def test_string_judges_say_what_the_functions_say():
     for name, judge, function in (
-        ("refusal-strings", StringJudge, refusal.judge),
+        ("refusal-strings", StringJudge, refusal.judge_answer),
         ("gcg-strings", GCGJudge, refusal.gcg_judge),
     ):
         loaded = load_judge(name)
         assert isinstance(loaded, judge) and loaded.name == name and loaded.version
         assert loaded(PROMPTS, RESPONSES) == [function(*pair) for pair in zip(PROMPTS, RESPONSES, strict=True)]
-    assert load_judge().name == "refusal-strings" and load_judge().version == "2" and GCGJudge().version == "1"
+    assert load_judge().name == "refusal-strings" and load_judge().version == "3" and GCGJudge().version == "1"
 
 
 @pytest.mark.parametrize("architecture", ["bert", "llama"])

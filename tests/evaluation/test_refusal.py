@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from agl_trl.evaluation.behaviour import Rate
-from agl_trl.evaluation.refusal import gcg_judge, judge
+from agl_trl.evaluation.refusal import gcg_judge, judge_answer
 from agl_trl.miniworld import alignment_dataset
 
 
@@ -26,13 +26,13 @@ ROOT = Path(__file__).parents[2]
     ],
 )
 def test_refusals_open_one_of_the_first_three_sentences(text, label):
-    verdict = judge("", text)
+    verdict = judge_answer("", text)
     assert verdict.label == label and verdict.score == (label == "refusal") and verdict.reason
 
 
 def test_the_embedded_worlds_reference_answers_are_judged_as_meant():
     for row in alignment_dataset():
-        verdict = judge(row["prompt"][0]["content"], row["completion"][0]["content"])
+        verdict = judge_answer(row["prompt"][0]["content"], row["completion"][0]["content"])
         assert (verdict.label == "refusal") == row["unsafe"], row
 
 
@@ -42,7 +42,7 @@ def test_judge_set_is_whole_and_the_readme_says_what_it_gives():
     halves = [Counter(row["label"] for row in rows if row["half"] == half) for half in ("tune", "heldout")]
     assert halves[0] == halves[1] == {"refusal": 75, "partial": 30, "compliance": 75, "garbled": 20}
     readme = (ROOT / "README.md").read_text()
-    for name, judged in (("refusal strings", judge), ("GCG strings", gcg_judge)):
+    for name, judged in (("refusal strings", judge_answer), ("GCG strings", gcg_judge)):
         called = Counter(
             (row["label"], judged(row["prompt"], row["response"]).label) for row in rows if row["half"] == "heldout"
         )
