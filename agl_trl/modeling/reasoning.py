@@ -68,7 +68,7 @@ def without_reasoning(response: str) -> tuple[str, bool]:
     if unfinished:
         text = text[: unfinished.start()]
     text = _AROUND.sub(" ", text)
-    return text, bool(unfinished) and not text.strip()
+    return text if text == response else text.strip(), bool(unfinished) and not text.strip()
 
 
 def is_reasoning_mark(token: str) -> bool:

@@ -147,6 +147,10 @@ def test_empty_answers_are_garbled_before_any_model_is_asked(classifier, guard, 
         verdicts = judge(["a", "b", "c"], [" \n", "fine words", "<think>hm</think>"])
         assert [v.label == "garbled" and v.reason == "no text" for v in verdicts[::2]] == [True, True]
         assert asked == [("b", "fine words")]
+        asked.clear()
+        verdicts = judge(["a", "b", "c <think>"], ["<think>Let me", "[THINK]no[/THINK]fine words", "hm</think>words"])
+        assert verdicts[0] == ("cut off", 0.0, "while reasoning")
+        assert asked == [("b", "fine words"), ("c <think>", "words")]
         assert judge([], []) == [] and judge(["a"], [""])[0].label == "garbled"
         with pytest.raises(ValueError):
             judge(["a", "b"], ["c"])
