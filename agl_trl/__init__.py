@@ -9,6 +9,7 @@ __version__ = "0.1.0"
 if TYPE_CHECKING:
     from .drift.report import DriftReport
     from .driftcaps import load_driftcaps
+    from .evaluation.refusal import judge_answer
     from .fisher.estimate import estimate_fisher
     from .fisher.statistics import FisherStatistics
     from .trainer.callback import AlignGuardCallback
@@ -35,6 +36,7 @@ _MODULES = {
     "DriftReport": ".drift.report",
     "FisherStatistics": ".fisher.statistics",
     "estimate_fisher": ".fisher.estimate",
+    "judge_answer": ".evaluation.refusal",
     "load_driftcaps": ".driftcaps",
 }
 
@@ -53,6 +55,7 @@ __all__ = [
     "DriftReport",
     "FisherStatistics",
     "estimate_fisher",
+    "judge_answer",
     "load_driftcaps",
 ]
 

@@ -22,6 +22,7 @@ from ..artifacts.files import (
 )
 from ..artifacts.schema import read_artifact
 from ..evaluation.behaviour import Behaviour
+from ..evaluation.verdict_counts import verdict_notes
 from ..fisher.statistics import FisherStatistics
 from ..modeling.lora import (
     AdaptedLayer,
@@ -207,6 +208,7 @@ class DriftReport:
                         f"{tuned.total} prompts, paired p {self.behaviour.paired_p_value(unsafe):.2g}); "
                         f"KL {self.behaviour.mean_kl(unsafe):.3f} nats per token"
                     )
+            lines += verdict_notes(self.behaviour.metadata, len(self.behaviour.categories))
             chosen = self.behaviour.unsafe
             margins = [m[chosen].mean().item() for m in (self.behaviour.margin_base, self.behaviour.margin_tuned)]
             if chosen.any() and not isnan(margins[0]):

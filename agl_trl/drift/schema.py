@@ -47,11 +47,27 @@ class JudgeUsed(Metadata):
     version: str
 
 
+class SideCounts(Metadata):
+    """Verdicts of one side."""
+
+    uncertain: Integer
+    cut_off: Integer
+    while_reasoning: Integer
+
+
+class VerdictCounts(Metadata):
+    """Verdicts of both sides."""
+
+    base: SideCounts
+    tuned: SideCounts
+
+
 class BehaviourMetadata(Metadata):
     """How the answers were made and judged."""
 
     categories: list[str]
     judge: JudgeUsed | None = None
+    verdicts: VerdictCounts | None = None
     decoding: str = ""
     kl_tokens: Integer = 0
     prompts_sha256: str = ""

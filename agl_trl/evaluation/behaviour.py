@@ -15,12 +15,14 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..artifacts.extras import needs_extra
 from ..modeling.base_and_tuned import BaseAndTuned
-from ..modeling.generation import answer_nll, generate_answers, prompt_text
+from ..modeling.generation import answer_nll, generate_answers, prompt_ids, prompt_text
 from ..modeling.lora import AdaptedLayer
+from ..modeling.reasoning import opened_reasoning
 from .answer_cache import AnswerCache
 from .judges import Judge, StringJudge
 from .probes import KL_TOKENS, Probes, first_token_kl, probe
 from .refusal import Verdict
+from .verdict_counts import verdict_counts
 
 
 def binomial_test() -> Callable[..., Any]:
@@ -72,7 +74,7 @@ class Behaviour:
         margin_base, margin_tuned, hidden_drift, direction_cosine (`Tensor`):
             As in [`Probes`].
         metadata (`dict`):
-            Judge and decoding.
+            Judge, decoding, and of both sides how many verdicts are uncertain and how many answers were cut off.
         answers (`list[dict]`):
             Prompt, answers and verdicts, one entry per prompt; not part of the saved report.
     """
@@ -236,7 +238,10 @@ def answer_prompts(
     nll = torch.full((len(prompts),), torch.nan)
     if "completion" in prompts.column_names:
         nll = answer_nll(model, tokenizer, prompts, batch_size=batch_size)
-    verdicts = (judge or StringJudge())([prompt_text(question) for question in questions], texts)
+    # A template may open the reasoning at the end of the prompt: the answer begins inside.
+    opened = [opened_reasoning(tokenizer.decode(prompt_ids(tokenizer, question)[-16:])) for question in questions]
+    judged = [mark + text for mark, text in zip(opened, texts, strict=True)]
+    verdicts = (judge or StringJudge())([prompt_text(question) for question in questions], judged)
     return Answers(texts, verdicts, nll)
 
 
@@ -287,6 +292,7 @@ def compare(prompts: Dataset, base: Answers, tuned: Answers, kl: Tensor, probes:
         **probes._asdict(),
         metadata={
             "judge": {"name": judge_name, "version": judge.version},
+            "verdicts": {"base": verdict_counts(base.verdicts), "tuned": verdict_counts(tuned.verdicts)},
             "decoding": "greedy",
             "kl_tokens": KL_TOKENS,
             "prompts_sha256": hashlib.sha256(json.dumps([ids, questions]).encode()).hexdigest(),

@@ -17,6 +17,7 @@ from transformers.utils import ModelOutput
 
 from ..data.alignment import AlignmentBatch, batches, pad_token_id, tokenize_row
 from .lora import packs_in_eval_mode
+from .reasoning import is_reasoning_mark
 
 
 Messages = list[dict[str, str]] | str
@@ -140,13 +141,24 @@ def generate_answers(
             generated = model.generate(
                 **padded.to(input_device(model)), max_new_tokens=max_new_tokens, do_sample=False, use_cache=True
             )
-            texts = tokenizer.batch_decode(generated[:, padded["input_ids"].shape[1] :], skip_special_tokens=True)
+            texts = decode_answers(tokenizer, generated[:, padded["input_ids"].shape[1] :].tolist())
             for i, text in zip(chunk, texts, strict=True):
                 answers[i] = text.strip()
             if on_batch is not None:
                 on_batch(chunk, [answers[i] for i in chunk])
             bar.update(len(chunk))
     return answers
+
+
+def decode_answers(tokenizer: PreTrainedTokenizerBase, rows: list[list[int]]) -> list[str]:
+    """Texts of answers without special tokens, but for the marks of reasoning, which some tokenizers count among them."""
+    added = tokenizer.added_tokens_decoder.items()
+    special = {*tokenizer.all_special_ids, *(index for index, token in added if token.special)}
+    marks = {index for index, token in added if index in special and is_reasoning_mark(token.content)}
+    if not marks:
+        return tokenizer.batch_decode(rows, skip_special_tokens=True)
+    hidden = special - marks
+    return tokenizer.batch_decode([[token for token in row if token not in hidden] for row in rows])
 
 
 def prompt_ids(tokenizer: PreTrainedTokenizerBase, prompt: Messages) -> list[int]:

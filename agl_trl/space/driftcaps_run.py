@@ -13,7 +13,7 @@ from datasets import Dataset
 
 from ..data.prompts import load_prompts, spread
 from ..evaluation.behaviour import Rate
-from ..evaluation.refusal import judge
+from ..evaluation.refusal import judge_answer
 from .models import Models, Side
 from .questions import LONGEST_ANSWER, SETS, checked_number
 
@@ -150,7 +150,7 @@ def run(
         ]
         for side in model.sides:
             for row, text in zip(found, model.answer_all(side, batch["prompt"], longest), strict=True):
-                verdict = judge(row["prompt"], text)
+                verdict = judge_answer(row["prompt"], text)
                 row[f"label_{side.key}"], row[f"reason_{side.key}"] = verdict.label, verdict.reason
                 row[f"answer_{side.key}"] = text
         result.rows += found

@@ -5,7 +5,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from ..evaluation.refusal import Verdict, judge
+from ..evaluation.refusal import Verdict, judge_answer
 from .models import Model, Models, Side
 from .questions import Decoding, checked_decoding, checked_prompt, known_unsafe
 
@@ -88,10 +88,10 @@ def _fill(pane: Pane, model: Model, question: str, decoding: Decoding) -> Iterat
     pane.state = "writing"
     for text, tokens in model.stream(pane.side, question, decoding):
         pane.text, pane.tokens, pane.seconds = text, tokens, time.perf_counter() - start
-        pane.verdict = judge(question, text)
+        pane.verdict = judge_answer(question, text)
         yield
     pane.text, pane.state, pane.seconds = pane.text.strip(), "done", time.perf_counter() - start
-    pane.verdict = judge(question, pane.text)
+    pane.verdict = judge_answer(question, pane.text)
     yield
 
 

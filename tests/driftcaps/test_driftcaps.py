@@ -14,7 +14,7 @@ from huggingface_hub import DatasetCard, HfApi
 
 from agl_trl.data.alignment import load_rows, select_rows
 from agl_trl.driftcaps import COLUMNS, LOOKALIKE_TYPES, UNSAFE_CATEGORIES, alignment_rows, load_driftcaps, push
-from agl_trl.evaluation.refusal import judge
+from agl_trl.evaluation.refusal import judge_answer
 
 
 FOLDER = files("agl_trl.driftcaps")
@@ -125,7 +125,7 @@ def test_prompts_vary_in_length_and_opening(rows):
 
 def test_refusals_are_judged_refusals_and_vary(rows):
     refusals = [row for row in rows if row["expected"] == "refuse"]
-    judged = [judge(row["prompt"], row["response"]).label == "refusal" for row in refusals]
+    judged = [judge_answer(row["prompt"], row["response"]).label == "refusal" for row in refusals]
     assert all(judged)
     openings = Counter(tuple(words(row["response"])[:4]) for row in refusals)
     assert openings.most_common(1)[0][1] <= 0.05 * len(refusals)
@@ -137,7 +137,7 @@ def test_refusals_are_judged_refusals_and_vary(rows):
 def test_safe_answers_are_not_judged_refusals(rows):
     for row in rows:
         if row["expected"] == "comply":
-            assert judge(row["prompt"], row["response"]).label == "compliance", row
+            assert judge_answer(row["prompt"], row["response"]).label == "compliance", row
 
 
 def test_nothing_sexual_about_minors(rows):

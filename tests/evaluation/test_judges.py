@@ -60,13 +60,13 @@ def fails(sentence):
 
 def test_string_judges_say_what_the_functions_say():
     for name, judge, function in (
-        ("refusal-strings", StringJudge, refusal.judge),
+        ("refusal-strings", StringJudge, refusal.judge_answer),
         ("gcg-strings", GCGJudge, refusal.gcg_judge),
     ):
         loaded = load_judge(name)
         assert isinstance(loaded, judge) and loaded.name == name and loaded.version
         assert loaded(PROMPTS, RESPONSES) == [function(*pair) for pair in zip(PROMPTS, RESPONSES, strict=True)]
-    assert load_judge().name == "refusal-strings" and load_judge().version == "2" and GCGJudge().version == "1"
+    assert load_judge().name == "refusal-strings" and load_judge().version == "3" and GCGJudge().version == "1"
 
 
 @pytest.mark.parametrize("architecture", ["bert", "llama"])
@@ -147,6 +147,10 @@ def test_empty_answers_are_garbled_before_any_model_is_asked(classifier, guard, 
         verdicts = judge(["a", "b", "c"], [" \n", "fine words", "<think>hm</think>"])
         assert [v.label == "garbled" and v.reason == "no text" for v in verdicts[::2]] == [True, True]
         assert asked == [("b", "fine words")]
+        asked.clear()
+        verdicts = judge(["a", "b", "c <think>"], ["<think>Let me", "[THINK]no[/THINK]fine words", "hm</think>words"])
+        assert verdicts[0] == ("cut off", 0.0, "while reasoning")
+        assert asked == [("b", "fine words"), ("c <think>", "words")]
         assert judge([], []) == [] and judge(["a"], [""])[0].label == "garbled"
         with pytest.raises(ValueError):
             judge(["a", "b"], ["c"])

@@ -117,6 +117,18 @@ def test_panes_in_every_state():
     )
 
 
+def test_every_verdict_has_a_badge():
+    def badge(label: str) -> str:
+        return render(
+            "panes", panes=[Pane(Side("agl", "Tuned", "x"), "done", "Words", verdict=Verdict(label, 0.0, ""))]
+        )
+
+    for label, shown in (("refusal", "Refuses"), ("compliance", "Does not refuse"), ("garbled", "Not readable")):
+        assert f'class="agl-badge agl-{label}"' in badge(label) and f">{shown}<" in badge(label)
+    assert 'class="agl-badge agl-cut-off"' in badge("cut off") and ">Cut off<" in badge("cut off")
+    assert ".agl-cut-off" in (Path(agl_trl.space.__file__).parent / "style.css").read_text()
+
+
 def test_table_of_no_rows_is_a_sentence():
     html = render("table", rows=[], total=5, sides=SIDES)
     assert "0 of 5 prompts" in html and "<table" not in html
