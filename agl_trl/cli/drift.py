@@ -162,7 +162,7 @@ def _note_foreign_report(folder: Path) -> None:
 
 def _measured(model: PreTrainedModel, base: PreTrainedModel | None, statistics: FisherStatistics) -> DriftReport:
     """Drift of a model's weights: of its adapter, or from a base model beside it."""
-    layers = linear_layers(model if base is None else base)
+    layers = linear_layers(model if base is None else base, head=True)
     if base is not None:  # of a checkpoint, the layers that the statistics cover
         layers = {name: module for name, module in layers.items() if name in statistics.input_of}
     statistics.check_fits(model if base is None else base, layers)

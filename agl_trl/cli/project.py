@@ -56,3 +56,6 @@ def project(*, adapter: str, base: str, budget: float, output_dir: Path, fisher:
     plot_drift(after, output_dir / FOLDER / PICTURE_FILE)
     typer.echo(f"before: relative drift {before.mean_relative_drift:.3e}")
     typer.echo(f"after:  relative drift {after.mean_relative_drift:.3e}, budget {budget:g}, in {output_dir}")
+    if after.uncovered:
+        names = ", ".join(sorted(after.uncovered))
+        typer.echo(f"Note: the adapter also trained {names}; this is in no figure above and is in the copy as it was.")

@@ -15,6 +15,7 @@ from ..artifacts.files import ADAPTER_FILE, FOLDER, ArtifactError, write_atomica
 from ..fisher.statistics import FisherStatistics
 from ..modeling.lora import AdaptedLayer, adapted_layers
 from ..objective.covariance import LowRankCovariance
+from .report import mean_of_moved
 
 
 STRONGEST = 1e30  # ν beyond which nothing changes any more
@@ -83,7 +84,7 @@ def strength_for(
             for factors, X, dtype in zip(current, metrics, dtypes, strict=True)
         ]
         factors = [one._replace(A=A) for one, A in zip(current, As, strict=True)]
-        return drift(factors).mean().item(), As
+        return mean_of_moved(drift(factors)).item(), As
 
     value, As = at(0.0)
     if value <= budget:

@@ -21,7 +21,7 @@ from transformers import (
 from .. import miniworld
 from ..artifacts.files import ADAPTER_FILE, ArtifactError, first_line
 from ..artifacts.schema import WIDE_FLOATS, short_repr
-from .trained_tensors import is_quantised, same_but_for_rounding
+from .trained_tensors import same_but_for_rounding
 
 
 def load_model(
@@ -117,7 +117,7 @@ def _base_kept(model: PreTrainedModel, path: Path) -> Iterator[None]:
         }
         for name in sorted({*tensors} & {*current}):
             there, here = tensors[name], current[name]
-            if there.shape != here.shape and not is_quantised(here):
+            if there.shape != here.shape and here.is_floating_point():  # not codes of a quantised one
                 raise ArtifactError(
                     f"The adapter '{path}' does not load into this base model: '{name}' has shape {[*there.shape]} there and "
                     f"{[*here.shape]} here (another base model, a resized vocabulary, or another rank in its config)."
