@@ -98,6 +98,8 @@ def drift(
         _note_foreign_report(folder)
 
     model, tokenizer = load_model(base)
+    if statistics is None or (questions is not None and not isinstance(questions[0]["prompt"], str)):
+        _check_chat_template(tokenizer, base, folder)
     base_model = None  # in the model of an adapter
     if folder is not None:
         model = load_adapter(model, folder)
@@ -149,6 +151,29 @@ def _own_statistics(model: PreTrainedModel | PeftModel, tokenizer: PreTrainedTok
     """Statistics from the base model's own answers, with the adapter switched off."""
     with model.disable_adapter() if isinstance(model, PeftModel) else nullcontext():
         return estimate_fisher(model, driftcaps_requests(), tokenizer)
+
+
+def _check_chat_template(tokenizer: PreTrainedTokenizerBase, base: str, folder: Path | None) -> None:
+    """
+    Check that conversations can be put to the base model.
+
+    Raises:
+        `ValueError`: If it has no chat template; where the adapter brings one, it says so.
+    """
+    if tokenizer.chat_template is not None:
+        return
+    advice = "save its tokenizer with one, or ask `--prompts` that are plain text and give `--fisher`"
+    if folder is not None:
+        config = folder / "tokenizer_config.json"
+        named = config.is_file() and '"chat_template"' in config.read_text(encoding="utf-8", errors="replace")
+        for path in (folder / "chat_template.jinja", *([config] if named else [])):
+            if path.is_file():
+                advice = (
+                    f"the adapter brings its own in '{path.name}': save the base model with the adapter's tokenizer, so that both are "
+                    "asked in the same words, and name that folder as `--base`"
+                )
+                break
+    raise ValueError(f"The base model '{base}' has no chat template to write conversations with; {advice}.")
 
 
 def _note_foreign_report(folder: Path) -> None:
