@@ -134,14 +134,14 @@ def _base_kept(model: PreTrainedModel, path: Path) -> Iterator[None]:
                 ]  # the very tensor that is there: PEFT adds the embeddings where an adapter touches them
 
     def after(module: nn.Module, result: Any) -> None:
-        own = {
-            f"base_model.model.{name}" for name, parameter in module.named_parameters() if id(parameter) not in base
-        }
+        names = {name for name, parameter in module.named_parameters() if id(parameter) not in base}
+        own = {f"base_model.model.{name}" for name in names if ".ranknum." not in name}  # of AdaLoRA, which saves none
         if missing := own & {*result.missing_keys}:
             raise ArtifactError(f"The adapter '{path}' does not fit this base model: it has no '{min(missing)}'.")
         # Beside a tensor that it has loaded, PEFT may find a second copy under the name without the adapter's.
         copies = {name.replace(".default", "") for name, _ in module.named_parameters(remove_duplicate=False)}
-        known = {f"base_model.model.{name}" for name in copies}
+        # What prompt tuning has learned is no part of the base model, and PEFT loads it on its own.
+        known = {"prompt_embeddings", *(f"base_model.model.{name}" for name in copies)}
         if unknown := {*result.unexpected_keys} - known:
             raise ArtifactError(
                 f"The adapter '{path}' does not fit this base model, which has no place for "

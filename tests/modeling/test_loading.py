@@ -4,6 +4,7 @@ import json
 
 import pytest
 import torch
+from peft import AdaLoraConfig, IA3Config, LoHaConfig, OFTConfig, PromptTuningConfig, VeraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 
 from agl_trl.artifacts.files import ArtifactError
@@ -106,3 +107,28 @@ def test_reason_is_told_where_an_adapter_does_not_load(config, changes, sentence
     with pytest.raises(ArtifactError, match=sentence) as caught:
         load_adapter(tiny_model(), tmp_path)
     assert str(caught.value).isprintable()
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        LoHaConfig(r=2, target_modules=["q_proj"], task_type="CAUSAL_LM"),
+        IA3Config(target_modules=["q_proj", "down_proj"], feedforward_modules=["down_proj"], task_type="CAUSAL_LM"),
+        OFTConfig(oft_block_size=8, target_modules=["q_proj"], task_type="CAUSAL_LM"),
+        VeraConfig(r=2, target_modules=["q_proj"], task_type="CAUSAL_LM"),
+        AdaLoraConfig(init_r=4, target_r=2, total_step=10, target_modules=["q_proj"], task_type="CAUSAL_LM"),
+        PromptTuningConfig(num_virtual_tokens=3, task_type="CAUSAL_LM"),
+    ],
+    ids=lambda config: config.peft_type.value,
+)
+def test_other_methods_load_as_they_were_and_off_the_model_is_the_base(config, tmp_path):
+    tuned = get_peft_model(tiny_model(), config)
+    generator = torch.Generator().manual_seed(1)
+    for parameter in tuned.parameters():
+        if parameter.requires_grad:
+            parameter.data.add_(0.05 * torch.randn(parameter.shape, generator=generator))
+    tuned.save_pretrained(tmp_path)
+    loaded = load_adapter(tiny_model(), tmp_path)
+    torch.testing.assert_close(logits(loaded), logits(tuned), rtol=0, atol=1e-5)
+    with loaded.disable_adapter():
+        assert torch.equal(logits(loaded), logits(tiny_model()))
