@@ -31,7 +31,7 @@ def statistics_of(model, tokenizer, rows) -> FisherStatistics:
 @pytest.mark.parametrize("name", CONFIGS)
 def test_merged_adapter_has_the_number_of_the_adapter(name, dtype, tolerance, tokenizer, alignment_rows):
     architecture = "gpt2" if name == "fused" else "llama"
-    model = moved_adapter(tiny_model(architecture, dtype=dtype), 0.3, **CONFIGS[name])
+    model = moved_adapter(tiny_model(architecture, dtype=dtype), 0.003, **CONFIGS[name])  # a drift of about 1e-2
     statistics = statistics_of(tiny_model(architecture, dtype=dtype), tokenizer, alignment_rows)
     if name == "head":  # which the statistics of a plain model leave out
         statistics = statistics_of(model, tokenizer, alignment_rows)
