@@ -98,6 +98,8 @@ def drift(
         _note_foreign_report(folder)
 
     model, tokenizer = load_model(base)
+    if statistics is None or (questions is not None and not isinstance(questions[0]["prompt"], str)):
+        _check_chat_template(tokenizer, base, folder)
     base_model = None  # in the model of an adapter
     if folder is not None:
         model = load_adapter(model, folder)
@@ -151,6 +153,29 @@ def _own_statistics(model: PreTrainedModel | PeftModel, tokenizer: PreTrainedTok
         return estimate_fisher(model, driftcaps_requests(), tokenizer)
 
 
+def _check_chat_template(tokenizer: PreTrainedTokenizerBase, base: str, folder: Path | None) -> None:
+    """
+    Check that conversations can be put to the base model.
+
+    Raises:
+        `ValueError`: If it has no chat template; where the adapter brings one, it says so.
+    """
+    if tokenizer.chat_template is not None:
+        return
+    advice = "save its tokenizer with one, or ask `--prompts` that are plain text and give `--fisher`"
+    if folder is not None:
+        config = folder / "tokenizer_config.json"
+        named = config.is_file() and '"chat_template"' in config.read_text(encoding="utf-8", errors="replace")
+        for path in (folder / "chat_template.jinja", *([config] if named else [])):
+            if path.is_file():
+                advice = (
+                    f"the adapter brings its own in '{path.name}': save the base model with the adapter's tokenizer, so that both are "
+                    "asked in the same words, and name that folder as `--base`"
+                )
+                break
+    raise ValueError(f"The base model '{base}' has no chat template to write conversations with; {advice}.")
+
+
 def _note_foreign_report(folder: Path) -> None:
     """Say so where a report lies beside an adapter that is not of it: it is made anew in any case, but somebody may rely on it."""
     if (folder / FOLDER / DRIFT_FILE).is_file():
@@ -162,7 +187,7 @@ def _note_foreign_report(folder: Path) -> None:
 
 def _measured(model: PreTrainedModel, base: PreTrainedModel | None, statistics: FisherStatistics) -> DriftReport:
     """Drift of a model's weights: of its adapter, or from a base model beside it."""
-    layers = linear_layers(model if base is None else base)
+    layers = linear_layers(model if base is None else base, head=True)
     if base is not None:  # of a checkpoint, the layers that the statistics cover
         layers = {name: module for name, module in layers.items() if name in statistics.input_of}
     statistics.check_fits(model if base is None else base, layers)

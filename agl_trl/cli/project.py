@@ -10,7 +10,7 @@ from ..drift.projection import write_projected
 from ..drift.report import DriftReport
 from ..fisher.statistics import FisherStatistics
 from ..modeling.loading import load_adapter, load_model
-from ..modeling.lora import adapted_layers, linear_layers
+from ..modeling.lora import linear_layers
 
 
 def project(*, adapter: str, base: str, budget: float, output_dir: Path, fisher: str | None) -> None:
@@ -45,11 +45,8 @@ def project(*, adapter: str, base: str, budget: float, output_dir: Path, fisher:
     model = load_adapter(load_model(base)[0], folder)
     statistics.check_fits(model, linear_layers(model))
 
-    layers = adapted_layers(model)
     before = DriftReport.measure(model, statistics)
-    strength = write_projected(
-        folder, output_dir, layers, statistics, budget
-    )  # and the model has the weights of the file
+    strength = write_projected(folder, output_dir, model, statistics, budget)  # and the model has the file's weights
     after = DriftReport.measure(model, statistics)
     after.metadata["projected"] = {"budget": budget, "strength": strength, "drift_before": before.mean_relative_drift}
     after.adapter_sha256 = sha256(output_dir / ADAPTER_FILE)
@@ -59,3 +56,6 @@ def project(*, adapter: str, base: str, budget: float, output_dir: Path, fisher:
     plot_drift(after, output_dir / FOLDER / PICTURE_FILE)
     typer.echo(f"before: relative drift {before.mean_relative_drift:.3e}")
     typer.echo(f"after:  relative drift {after.mean_relative_drift:.3e}, budget {budget:g}, in {output_dir}")
+    if after.uncovered:
+        names = ", ".join(sorted(after.uncovered))
+        typer.echo(f"Note: the adapter also trained {names}; this is in no figure above and is in the copy as it was.")

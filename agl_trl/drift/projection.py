@@ -1,18 +1,21 @@
 """Repairing an adapter after the fact: shrink a trained update to a drift budget, without data and without training."""
 
 import shutil
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 
 import torch
+from peft import PeftModel, get_peft_model_state_dict
 from safetensors import safe_open
 from safetensors.torch import save
 from torch import Tensor
 
 from ..artifacts.files import ADAPTER_FILE, FOLDER, ArtifactError, write_atomically
 from ..fisher.statistics import FisherStatistics
-from ..modeling.lora import AdaptedLayer
+from ..modeling.lora import AdaptedLayer, adapted_layers
 from ..objective.covariance import LowRankCovariance
+from .report import mean_of_moved
 
 
 STRONGEST = 1e30  # ν beyond which nothing changes any more
@@ -81,7 +84,7 @@ def strength_for(
             for factors, X, dtype in zip(current, metrics, dtypes, strict=True)
         ]
         factors = [one._replace(A=A) for one, A in zip(current, As, strict=True)]
-        return drift(factors).mean().item(), As
+        return mean_of_moved(drift(factors)).item(), As
 
     value, As = at(0.0)
     if value <= budget:
@@ -99,19 +102,19 @@ def strength_for(
 
 @torch.no_grad()
 def write_projected(
-    source: Path, target: Path, layers: list[AdaptedLayer], statistics: FisherStatistics, budget: float
+    source: Path, target: Path, model: PeftModel, statistics: FisherStatistics, budget: float
 ) -> float:
     """
-    Shrink an adapter to a drift budget: a copy of its folder, without the evidence of the original, and the model that the
-    layers are of, which then holds the very weights of the copy.
+    Shrink an adapter to a drift budget: a copy of its folder, without the evidence of the original, and the model, which
+    then holds the very weights of the copy.
 
     Args:
         source (`Path`):
             Folder of the adapter.
         target (`Path`):
             Folder of the copy.
-        layers (`list[AdaptedLayer]`):
-            Layers of the adapter, loaded from `source`.
+        model (`PeftModel`):
+            Base model with the adapter, loaded from `source`.
         statistics ([`FisherStatistics`]):
             Statistics of its base model.
         budget (`float`):
@@ -122,25 +125,32 @@ def write_projected(
 
     Raises:
         `ValueError`: As in [`strength_for`].
-        [`ArtifactError`]: If the copy would overwrite the original, or a weight is not in the file.
+        [`ArtifactError`]: If the copy would overwrite the original.
         `OSError`: If the copy can't be written.
     """
     if target.resolve() == source.resolve():
         raise ArtifactError(f"The repaired copy must not overwrite '{source}': name another `--output-dir`.")
+    layers = adapted_layers(model)
     with safe_open(source / ADAPTER_FILE, "pt") as file:
-        tensors, metadata = {name: file.get_tensor(name) for name in file.keys()}, file.metadata()  # noqa: SIM118
+        stored, metadata = {name: file.get_tensor(name) for name in file.keys()}, file.metadata()  # noqa: SIM118
+    dtypes = {name: tensor.dtype for name, tensor in stored.items()}
+    (usual, _), *_ = Counter(dtypes.values()).most_common(1)  # of a file with names that PEFT has changed since
     names = [f"base_model.model.{layer.name}.lora_A.weight" for layer in layers]
-    for name in names:
-        if name not in tensors:
-            raise ArtifactError(f"The adapter in '{source}' has no tensor '{name}'.")
-    strength, As = strength_for(layers, statistics, budget, [tensors[name].dtype for name in names])
-    tensors |= {name: A.cpu().contiguous() for name, A in zip(names, As, strict=True)}
+    strength, As = strength_for(layers, statistics, budget, [dtypes.get(name, usual) for name in names])
+    for layer, A in zip(layers, As, strict=True):
+        layer.parameters()[0].data.copy_(A)
+    # As PEFT names them today, and without the base's own tensors, which loading has found to be the base's.
+    tensors = get_peft_model_state_dict(model, adapter_name=layers[0].adapter, save_embedding_layers=False)
+    tensors = {
+        name: stored[name]
+        if name in stored and name not in names
+        else tensor.cpu().to(dtypes.get(name, usual)).contiguous()
+        for name, tensor in tensors.items()
+    }
     target.mkdir(parents=True, exist_ok=True)
     for path in source.iterdir():
         if path.is_file() and path.suffix in (".json", ".jinja", ".model", ".txt"):
             shutil.copy2(path, target / path.name)
     shutil.rmtree(target / FOLDER, ignore_errors=True)
     write_atomically(target / ADAPTER_FILE, save(tensors, metadata))
-    for layer, A in zip(layers, As, strict=True):
-        layer.parameters()[0].data.copy_(A)
     return strength

@@ -33,6 +33,7 @@ from ..modeling.lora import (
     linear_layers,
     one_frozen,
 )
+from ..modeling.trained_tensors import changed_tensors, same_but_for_rounding
 from ..objective.alignguard import Coefficients
 from ..objective.collision import FrozenWeights, riemannian_overlap
 from ..objective.decomposition import Update, critical_inner, critical_mask, inner, project, subtract
@@ -42,6 +43,14 @@ from .schema import PER_LAYER, PER_PROMPT, check_drift
 
 OVERLAP_ROWS = 256
 FISHER_ENERGY = 0.9  # share of the trace of 𝓕 that spans the alignment-critical subspace
+
+
+def mean_of_moved(drift: Tensor) -> Tensor:
+    """
+    Mean of the relative drifts of layers over those that are not 0, a scalar; 0 where no layer has moved. Which layers of a
+    checkpoint were adapted is not known: this is the mean over the adapted ones, as training logs it, as soon as all have moved.
+    """
+    return drift.sum() / (drift > 0).sum().clamp_min(1)
 
 
 def _parts(update: Update, metric: LayerMetric, energy: float, weights: FrozenWeights) -> tuple[Tensor, Tensor]:
@@ -85,7 +94,7 @@ class DriftReport:
         adapter_sha256 (`str`, *optional*):
             SHA-256 of the `adapter_model.safetensors` this report is about.
         metadata (`dict`):
-            Base model, coefficients, statistics used: JSON-serialisable.
+            Base model, coefficients, statistics used, tensors that changed and are no part of the drift: JSON-serialisable.
     """
 
     layers: list[str]
@@ -129,7 +138,9 @@ class DriftReport:
         for layer, (A, B, scaling), weights in zip(layers, factors, each_frozen(layers), strict=True):
             update = Update(A.float(), B.float() * scaling)
             parts.append(_parts(update, statistics.metric(layer.name, update.A.device), fisher_energy, weights))
-        return cls._from_parts([layer.name for layer in layers], drift, parts, statistics, fisher_energy)
+        beside = {tensor.name: tensor.relative_change() for tensor in layers[0].beside}
+        uncovered = {name: change for name, change in beside.items() if change > 0}
+        return cls._from_parts([layer.name for layer in layers], drift, parts, statistics, fisher_energy, uncovered)
 
     @classmethod
     @torch.no_grad()
@@ -142,14 +153,15 @@ class DriftReport:
     ) -> Self:
         """
         Measure a checkpoint of its own (a merged adapter, a full fine-tuning) against its base, over the linear layers that
-        the statistics cover; arguments as in [`measure`].
+        the statistics cover; arguments as in [`measure`]. A layer whose weight is the base's, or that rounded to another type,
+        has a drift of exactly 0 and is no part of the mean: so a merged adapter has the number that it had as an adapter.
 
         Raises:
             `ValueError`: If a layer has another shape in the tuned model or is not there, or the statistics cover none.
         """
-        others = linear_layers(tuned)
+        others = linear_layers(tuned, head=True)
         names, drifts, parts = [], [], []
-        for name, module in linear_layers(base).items():
+        for name, module in linear_layers(base, head=True).items():
             if name not in statistics.input_of:
                 continue
             if name not in others or layer_shape(others[name]) != layer_shape(module):
@@ -157,19 +169,29 @@ class DriftReport:
                     f"The tuned model has no layer '{name}' of the base model's shape {layer_shape(module)}."
                 )
             W = base_weight(module)
+            delta = base_weight(others[name]).to(W.device) - W
+            if same_but_for_rounding(others[name].get_parameter("weight"), module.get_parameter("weight")):
+                delta = torch.zeros_like(W)
             # ΔW as a product with the identity: the same formulas as for an adapter.
-            update = Update(torch.eye(W.shape[1], device=W.device), base_weight(others[name]).to(W.device) - W)
+            update = Update(torch.eye(W.shape[1], device=W.device), delta)
             metric = statistics.metric(name, W.device)
             drifts.append((inner(update, update, metric) / metric.weight_norm**2).cpu())
             names.append(name)
             parts.append(_parts(update, metric, fisher_energy, one_frozen(W)))
         if not names:
             raise ValueError("The Fisher statistics cover no layer of this base model: they are of another one.")
-        return cls._from_parts(names, torch.stack(drifts), parts, statistics, fisher_energy)
+        uncovered = changed_tensors(base, tuned, without={f"{name}.weight" for name in names})
+        return cls._from_parts(names, torch.stack(drifts), parts, statistics, fisher_energy, uncovered)
 
     @classmethod
     def _from_parts(
-        cls, names: list[str], drift: Tensor, parts: list[tuple[Tensor, Tensor]], statistics, fisher_energy
+        cls,
+        names: list[str],
+        drift: Tensor,
+        parts: list[tuple[Tensor, Tensor]],
+        statistics: FisherStatistics,
+        fisher_energy: float,
+        uncovered: dict[str, float],
     ) -> Self:
         alignment, overlap = (torch.stack(column) for column in zip(*parts, strict=True))
         metadata = {
@@ -180,13 +202,34 @@ class DriftReport:
                 "num_tokens": statistics.num_tokens,
                 "seed": statistics.metadata["seed"],
             },
+            "uncovered": uncovered,
         }
         return cls(names, drift, alignment, (drift - alignment).clamp_min(0), overlap, metadata=metadata)
 
     @property
     def mean_relative_drift(self) -> float:
-        """Mean over layers of the relative drift: *the* number."""
-        return self.relative_drift.mean().item()
+        """Mean of the relative drift over the layers that moved: *the* number, the same for an adapter and its merged copy."""
+        return mean_of_moved(self.relative_drift).item()
+
+    @property
+    def num_moved(self) -> int:
+        """Number of layers that moved."""
+        return int((self.relative_drift > 0).sum())
+
+    @property
+    def uncovered(self) -> dict[str, float]:
+        """
+        Tensors that changed and are in none of the drift figures, by name in the base model, each with the norm of its change
+        over its own: what an adapter trains beside LoRA, or of a checkpoint what the statistics do not cover. Answers and KL
+        include them.
+        """
+        return self.metadata.get("uncovered", {})
+
+    def _scope(self) -> str:
+        moved, count = self.num_moved, len(self.layers)
+        return (
+            f"mean over {count} layers" if moved in (0, count) else f"mean over {moved} layers that moved, of {count}"
+        )
 
     def summary(self) -> str:
         """A few readable lines: the number, where the drift sits, and what it did to the answers."""
@@ -194,10 +237,16 @@ class DriftReport:
         total = self.relative_drift.sum()
         share = (self.alignment_energy.sum() / total).item() if total > 0 else 0.0
         lines = [
-            f"relative drift        {self.mean_relative_drift:.3e}  (mean over {len(self.layers)} layers)",
+            f"relative drift        {self.mean_relative_drift:.3e}  ({self._scope()})",
             f"largest               {self.relative_drift[worst].item():.3e}  ({self.layers[worst]})",
             f"in alignment subspace {share:.0%}",
         ]
+        if self.uncovered:
+            farthest = max(self.uncovered, key=self.uncovered.__getitem__)
+            lines.append(
+                f"not in these figures  {len(self.uncovered)} changed tensors, most of all {farthest} "
+                f"(by {self.uncovered[farthest]:.1e} of its norm)"
+            )
         if self.behaviour is not None:
             for unsafe, label in ((True, "refuses unsafe"), (False, "refuses safe")):
                 if (self.behaviour.unsafe == unsafe).any():

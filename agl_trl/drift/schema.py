@@ -87,6 +87,7 @@ class DriftMetadata(Metadata):
     fisher: FisherUsed | None = None
     coefficients: dict[str, Integer | Number | str | bool | None] = Field(default_factory=dict)
     continued: bool = False
+    uncovered: dict[str, Number] = Field(default_factory=dict)
     projected: dict[str, Any] = Field(default_factory=dict)
     behaviour: BehaviourMetadata | None = None
 
@@ -110,6 +111,10 @@ def check_drift(tensors: dict[str, Tensor], metadata: dict[str, Any]) -> None:
     check_metadata(metadata, DriftMetadata)
     layers, digest = metadata["layers"], metadata["adapter_sha256"]
     check_names(layers)
+    if uncovered := metadata.get("uncovered"):
+        check_names(uncovered)
+        if min(uncovered.values()) < 0:
+            raise ArtifactError("a change in 'uncovered' is below 0")
     for name in ("global_step", "budget_multiplier"):
         if metadata[name] is not None and metadata[name] < 0:
             raise ArtifactError(f"'{name}' is {short_repr(metadata[name])}, below 0")

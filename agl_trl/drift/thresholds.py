@@ -8,6 +8,7 @@ from typing import NamedTuple
 from .report import DriftReport
 
 
+OF_WEIGHTS = ("relative_drift", "largest_drift")
 OPERATORS = {">=": operator.ge, "<=": operator.le, ">": operator.gt, "<": operator.lt}
 
 
@@ -60,7 +61,8 @@ class Condition(NamedTuple):
 
     def holds(self, report: DriftReport) -> str | None:
         """
-        A sentence where the condition is met by a report, `None` where it is not.
+        A sentence where the condition is met by a report, `None` where it is not. One on a figure of the weights always is
+        where tensors changed that no such figure covers.
 
         Raises:
             `ValueError`: If the report has no such figure.
@@ -68,6 +70,12 @@ class Condition(NamedTuple):
         known = figures(report)
         if self.figure not in known:
             raise ValueError(f"The report has no figure '{self.figure}'; it has {', '.join(known)}.")
+        if report.uncovered and self.figure in OF_WEIGHTS:  # what is not covered is not passed
+            first = max(report.uncovered, key=report.uncovered.__getitem__)
+            return (
+                f"{self.figure} covers only a part of what changed: {len(report.uncovered)} tensors are not in it, such as '{first}', "
+                f"which changed by {report.uncovered[first]:.2g} of its norm."
+            )
         value = known[self.figure]
         if isnan(value) or OPERATORS[self.comparison](value, self.limit):  # NaN: not measured is not passed
             return f"{self.figure} is {value:.4g}, which is {self.comparison} {self.limit:g}."

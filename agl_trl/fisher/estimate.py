@@ -208,15 +208,24 @@ def run_batch(
     """Add a batch to the sums of a collector."""
     collector.begin(batch.token_mask.flatten())
     if collector.gradients:
-        _backward(model, batch, fisher_type, seed)
+        _backward(model, collector, batch, fisher_type, seed)
     else:
-        # No logits are read, and with large vocabularies they are most of the memory and a good part of the time.
-        fewer = {"logits_to_keep": 1} if takes_logits_to_keep(model) else {}
+        # No logits are read, and with large vocabularies they are most of the memory and a good part of the time; but a head
+        # that is measured itself must see every token.
+        fewer = {"logits_to_keep": 1} if takes_logits_to_keep(model) and not measures_head(model, collector) else {}
         with torch.no_grad():
             model(input_ids=batch.input_ids, attention_mask=batch.attention_mask, use_cache=False, **fewer)
 
 
-def _backward(model: PreTrainedModel | PeftModel, batch: AlignmentBatch, fisher_type: FisherType, seed: int) -> None:
+def measures_head(model: PreTrainedModel | PeftModel, collector: Collector) -> bool:
+    """Whether the output head is among the layers that are measured, as where an adapter adapts `lm_head`."""
+    head = model.get_output_embeddings()
+    return any(module is head for module in collector.layers.values())
+
+
+def _backward(
+    model: PreTrainedModel | PeftModel, collector: Collector, batch: AlignmentBatch, fisher_type: FisherType, seed: int
+) -> None:
     """Gradient of the summed objective with respect to every layer's output; no parameter receives a gradient."""
     embedded: list[Tensor] = []
 
@@ -228,7 +237,11 @@ def _backward(model: PreTrainedModel | PeftModel, batch: AlignmentBatch, fisher_
     handle = embeddings.register_forward_hook(leaf)
     try:
         with torch.enable_grad():
-            logits, mask = answer_logits(model, batch)
+            if measures_head(model, collector):
+                inputs = {"input_ids": batch.input_ids, "attention_mask": batch.attention_mask}
+                logits, mask = model(**inputs, use_cache=False).logits, batch.answer_mask
+            else:
+                logits, mask = answer_logits(model, batch)
             # Every row draws from its own generator, so that batching and sharding change nothing.
             objective = logits[:, :0].float().sum()  # zero, also of a batch in which no row counts
             for line, index in enumerate(batch.indices):

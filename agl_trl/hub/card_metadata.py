@@ -144,7 +144,10 @@ def eval_results(report: DriftReport) -> list[EvalResult]:
         "dataset_type": "fisher-statistics",
         "dataset_name": "Rows behind the Fisher statistics",
     }
-    found = [("relative_drift", "Mean relative drift of the weights", float(f"{report.mean_relative_drift:.4g}"))]
+    label = (
+        "Mean relative drift of the LoRA layers alone" if report.uncovered else "Mean relative drift of the weights"
+    )
+    found = [("relative_drift", label, float(f"{report.mean_relative_drift:.4g}"))]
     entries = [(weights, found)]
     if (behaviour := report.behaviour) is not None:
         name, _ = prompt_set(behaviour)

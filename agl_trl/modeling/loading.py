@@ -1,12 +1,15 @@
 """Models and adapters by name, with a sentence where they don't load."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import PartialState
-from peft import PeftModel, get_peft_model_state_dict
+from peft import PeftModel
 from safetensors import SafetensorError, safe_open
+from torch import Tensor, nn
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
@@ -18,6 +21,7 @@ from transformers import (
 from .. import miniworld
 from ..artifacts.files import ADAPTER_FILE, ArtifactError, first_line
 from ..artifacts.schema import WIDE_FLOATS, short_repr
+from .trained_tensors import same_but_for_rounding
 
 
 def load_model(
@@ -68,34 +72,86 @@ def load_adapter(model: PreTrainedModel, folder: Path) -> PeftModel:
     A model with the adapter of a local folder, from safetensors alone.
 
     Raises:
-        [`ArtifactError`]: If it is missing, broken, or does not fit the model.
+        [`ArtifactError`]: If it is missing, broken, does not fit the model, or would change it: with the adapter off, the model
+            is the base model.
     """
     path = folder / ADAPTER_FILE
     if not path.is_file():  # PEFT would unpickle an `adapter_model.bin`
         raise ArtifactError(f"There is no adapter in '{folder}': '{ADAPTER_FILE}' is missing.")
     try:
-        names = _checked_names(path)
-        adapted = PeftModel.from_pretrained(model, folder)
+        _check_numbers(path)
+        with _base_kept(model, path):
+            return PeftModel.from_pretrained(model, folder)
     except ArtifactError:
         raise
     except (OSError, ValueError, RuntimeError, SafetensorError, LookupError, TypeError) as error:
-        raise ArtifactError(
-            f"The adapter in '{folder}' does not load into this base model: {first_line(error)}."
-        ) from error
-    # PEFT only warns where it finds nothing for a layer, and leaves that layer's adapter as it was drawn.
-    if missing := {*get_peft_model_state_dict(adapted, save_embedding_layers=False)} - names:
-        raise ArtifactError(f"The adapter '{path}' does not fit this base model: it has no '{min(missing)}'.")
-    return adapted
+        reason = f"it has no {first_line(error)}" if isinstance(error, KeyError) else first_line(error)
+        raise ArtifactError(f"The adapter in '{folder}' does not load into this base model: {reason}.") from error
 
 
-def _checked_names(path: Path) -> set[str]:
-    """Names of an adapter's tensors, which are all finite numbers."""
+def _check_numbers(path: Path) -> None:
+    """Check that an adapter's tensors are all finite numbers."""
     with safe_open(path, framework="pt") as file:
-        names = {*file.keys()}
-        for name in sorted(names):
+        for name in sorted(file.keys()):
             tensor = file.get_tensor(name)
             if tensor.dtype not in WIDE_FLOATS or not torch.isfinite(tensor.float()).all():
                 raise ArtifactError(
                     f"The adapter '{path}' is broken: {short_repr(name)} does not hold finite numbers."
                 )
-    return names
+
+
+@contextmanager
+def _base_kept(model: PreTrainedModel, path: Path) -> Iterator[None]:
+    """
+    While an adapter loads: no tensor of the base model is written over, none of the file is left out, and none of the adapter
+    stays as it was drawn. Hooks of torch see what PEFT makes of the names in the file, before anything is written.
+
+    Raises:
+        [`ArtifactError`]: Naming the first tensor that is otherwise.
+    """
+    base = {id(tensor) for tensor in (*model.parameters(), *model.buffers())}
+
+    def before(module: nn.Module, tensors: dict[str, Tensor], prefix: str, *_: Any) -> None:
+        current = {
+            prefix + n: t for n, t in (*module.named_parameters(remove_duplicate=False), *module.named_buffers())
+        }
+        for name in sorted({*tensors} & {*current}):
+            there, here = tensors[name], current[name]
+            if there.shape != here.shape and here.is_floating_point():  # not codes of a quantised one
+                raise ArtifactError(
+                    f"The adapter '{path}' does not load into this base model: '{name}' has shape {[*there.shape]} there and "
+                    f"{[*here.shape]} here (another base model, a resized vocabulary, or another rank in its config)."
+                )
+            if id(here) in base and not same_but_for_rounding(there, here):
+                raise ArtifactError(
+                    f"The adapter '{path}' also holds a tensor of the base model, '{name}', with other values: loaded, it would "
+                    "change the base model that the adapter is compared with. Merge the adapter and name the merged model with "
+                    "`--tuned`."
+                )
+            if id(here) in base:
+                del tensors[
+                    name
+                ]  # the very tensor that is there: PEFT adds the embeddings where an adapter touches them
+
+    def after(module: nn.Module, result: Any) -> None:
+        names = {name for name, parameter in module.named_parameters() if id(parameter) not in base}
+        own = {f"base_model.model.{name}" for name in names if ".ranknum." not in name}  # of AdaLoRA, which saves none
+        if missing := own & {*result.missing_keys}:
+            raise ArtifactError(f"The adapter '{path}' does not fit this base model: it has no '{min(missing)}'.")
+        # Beside a tensor that it has loaded, PEFT may find a second copy under the name without the adapter's.
+        copies = {name.replace(".default", "") for name, _ in module.named_parameters(remove_duplicate=False)}
+        # What prompt tuning has learned is no part of the base model, and PEFT loads it on its own.
+        known = {"prompt_embeddings", *(f"base_model.model.{name}" for name in copies)}
+        if unknown := {*result.unexpected_keys} - known:
+            raise ArtifactError(
+                f"The adapter '{path}' does not fit this base model, which has no place for "
+                f"{short_repr(min(unknown).removeprefix('base_model.model.'))}: it is of a model with more layers, or of another "
+                "architecture."
+            )
+
+    handles = [model.register_load_state_dict_pre_hook(before), model.register_load_state_dict_post_hook(after)]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()

@@ -13,12 +13,14 @@ from peft.tuners.lora import Linear as LoraLinear
 from peft.tuners.lora import LoraLayer
 from peft.utils.integrations import dequantize_bnb_weight, dequantize_module_weight
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from ..objective.collision import FrozenWeights
 from ..objective.quadratic_form import LoraFactors
+from .sharding import put, whole
+from .trained_tensors import TrainedTensor, trained_tensors
 
 
 # Inits that leave ΔW = 0 and the base weight untouched: adapter off *is* the base model.
@@ -41,12 +43,15 @@ class AdaptedLayer:
             Name of the adapter, such as `"default"`.
         reference (`LoraFactors`, *optional*):
             Factors at the start of training, of an adapter that had already moved; `None` where ΔW started at zero.
+        beside (`tuple[TrainedTensor]`, *optional*):
+            What the adapter trains beside its LoRA layers; the same for all of them.
     """
 
     name: str
     module: LoraLayer
     adapter: str
     reference: LoraFactors | None = None
+    beside: tuple[TrainedTensor, ...] = ()
 
     def parameters(self) -> tuple[Tensor, Tensor]:
         """The weights of `lora_A` and `lora_B`; looked up on every call, because PEFT replaces them when it loads a checkpoint."""
@@ -75,19 +80,11 @@ class AdaptedLayer:
         return bool(moved)
 
     def with_reference(self) -> Self:
-        """This layer with its current factors as reference."""
+        """This layer with its current factors as reference; what is trained beside it is kept too."""
         A, B, s = self.current()
+        for tensor in self.beside:
+            tensor.keep_reference()
         return replace(self, reference=LoraFactors(A.detach().clone(), B.detach().clone(), s))
-
-
-def whole(parameter: Tensor) -> Tensor:
-    """A parameter, gathered where FSDP2 has sharded it; differentiable, and its gradient is not averaged over processes."""
-    return parameter.full_tensor() if isinstance(parameter, DTensor) else parameter
-
-
-def local(parameter: Tensor) -> Tensor:
-    """What this process holds of a parameter."""
-    return parameter.to_local() if isinstance(parameter, DTensor) else parameter
 
 
 def active_adapter(model: PeftModel) -> str:
@@ -131,11 +128,11 @@ def adapted_layers(model: PreTrainedModel | PeftModel) -> list[AdaptedLayer]:
             f"`LoraConfig(bias={config.bias!r})` trains biases of the base model, so that 'adapter off' is not the aligned model: "
             "use `bias='none'`."
         )
-    layers = []
+    layers, beside = [], trained_tensors(model, adapter)
     for name, module in model.get_base_model().named_modules():
         if isinstance(module, LoraLayer) and adapter in _adapters(module):
             _check_supported(name, module, adapter)
-            layers.append(AdaptedLayer(name, module, adapter))
+            layers.append(AdaptedLayer(name, module, adapter, beside=beside))
     return layers
 
 
@@ -160,47 +157,52 @@ def _check_supported(name: str, module: LoraLayer, adapter: str) -> None:
 
 @contextmanager
 def at_reference(model: PeftModel, layers: list[AdaptedLayer]) -> Iterator[None]:
-    """The model as it was when training began: adapter off, or its reference factors put back for a while."""
+    """
+    The model as it was when training began: adapter off, or its reference factors and what it trains beside them put back for
+    a while.
+    """
     if layers[0].reference is None:
         with model.disable_adapter():
             yield
         return
-    kept = [[tensor.detach().clone() for tensor in layer.current()[:2]] for layer in layers]
+    starts: list[tuple[Tensor, Tensor]] = []
+    for layer in layers:
+        assert layer.reference is not None, "every layer of a continued adapter has a reference"
+        starts += zip(layer.parameters(), layer.reference[:2], strict=True)
+    starts += [(tensor.parameter(), tensor.reference) for tensor in layers[0].beside if tensor.reference is not None]
+    kept = [whole(parameter).detach().clone() for parameter, _ in starts]
     try:
-        for layer in layers:
-            _assign(layer, layer.reference)
+        for parameter, value in starts:
+            put(parameter, value)
         yield
     finally:
-        for layer, (A, B) in zip(layers, kept, strict=True):
-            _assign(layer, LoraFactors(A, B, layer.module.scaling[layer.adapter]))
-
-
-def _assign(layer: AdaptedLayer, factors: LoraFactors | None) -> None:
-    assert factors is not None, "every layer of a continued adapter has a reference"
-    for parameter, value in zip(layer.parameters(), factors[:2], strict=True):
-        if isinstance(parameter, DTensor):
-            value = distribute_tensor(value.to(parameter.device), parameter.device_mesh, parameter.placements)
-        parameter.data.copy_(value)
+        for (parameter, _), value in zip(starts, kept, strict=True):
+            put(parameter, value)
 
 
 def trained_outside_lora(model: PeftModel) -> list[str]:
-    """Names of trainable parameters that belong to no guarded layer, such as those of `modules_to_save`."""
-    guarded = {id(p) for layer in adapted_layers(model) for p in layer.parameters()}
-    return [name for name, p in model.named_parameters() if p.requires_grad and id(p) not in guarded]
+    """
+    Names of parameters that belong to no guarded layer and are trainable, or trained by the active adapter: those of
+    `modules_to_save` and `trainable_token_indices`.
+    """
+    layers = adapted_layers(model)
+    guarded = {id(p) for layer in layers for p in layer.parameters()}
+    beside = {id(tensor.parameter()) for tensor in trained_tensors(model, active_adapter(model))}
+    return [n for n, p in model.named_parameters() if (p.requires_grad or id(p) in beside) and id(p) not in guarded]
 
 
-def linear_layers(model: PreTrainedModel | PeftModel) -> dict[str, nn.Module]:
+def linear_layers(model: PreTrainedModel | PeftModel, *, head: bool = False) -> dict[str, nn.Module]:
     """
     Linear layers by base name: the guarded ones of a model with an adapter; of a plain model all but the output
-    embeddings (those that `target_modules="all-linear"` would adapt).
+    embeddings (those that `target_modules="all-linear"` would adapt), or these too (`head`).
     """
     if isinstance(model, PeftModel):
         return {layer.name: layer.module for layer in adapted_layers(model)}
-    head = model.get_output_embeddings()
+    left_out = None if head else model.get_output_embeddings()
     return {
         name: module
         for name, module in model.named_modules()
-        if isinstance(module, nn.Linear | Conv1D) and module is not head
+        if isinstance(module, nn.Linear | Conv1D) and module is not left_out
     }
 
 

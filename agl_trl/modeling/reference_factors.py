@@ -1,4 +1,4 @@
-"""Where a continued adapter started: its first factors, kept with every save, so that a resumed run measures from there."""
+"""Where a continued adapter started: its first tensors, kept with every save, so that a resumed run measures from there."""
 
 from dataclasses import replace
 from os import PathLike
@@ -14,6 +14,7 @@ from .lora import AdaptedLayer, layer_shape
 
 
 REFERENCE_FILE = "reference.safetensors"
+BESIDE = "beside."  # in front of the name of a tensor that is trained beside LoRA
 
 
 class ReferenceMetadata(Metadata):
@@ -23,17 +24,21 @@ class ReferenceMetadata(Metadata):
 
 
 def save_reference(folder: str | PathLike, layers: list[AdaptedLayer]) -> None:
-    """Save the reference factors as `agl/reference.safetensors`; nothing for an adapter that started at ΔW = 0."""
+    """
+    Save the reference factors, and what is trained beside them, as `agl/reference.safetensors`; nothing for an adapter that
+    started at ΔW = 0.
+    """
     references = {layer.name: layer.reference for layer in layers if layer.reference is not None}
     if references:
         tensors = {f"{name}.{part}": getattr(f, part) for name, f in references.items() for part in ("A", "B")}
+        tensors |= {BESIDE + t.name: t.reference for t in layers[0].beside if t.reference is not None}
         scalings = {name: factors.scaling for name, factors in references.items()}
         save_tensors(Path(folder) / FOLDER / REFERENCE_FILE, tensors, {"kind": "reference", "scaling": scalings})
 
 
 def load_reference(folder: str | PathLike, layers: list[AdaptedLayer]) -> list[AdaptedLayer]:
     """
-    Layers with the reference factors saved in a folder; as they are where none were saved.
+    Layers with the references saved in a folder; as they are where none were saved.
 
     Raises:
         [`ArtifactError`]: If the file is broken or of other layers.
@@ -46,9 +51,15 @@ def load_reference(folder: str | PathLike, layers: list[AdaptedLayer]) -> list[A
         raise ArtifactError(f"'{path}' holds no reference factors.")
     try:
         _check_reference(tensors, metadata, {layer.name: layer_shape(layer.module) for layer in layers})
+        for tensor in layers[0].beside:
+            if (key := BESIDE + tensor.name) not in tensors:
+                raise ArtifactError(f"tensor '{tensor.name}', which the adapter trains beside LoRA, is not covered")
+            check_numbers(tensors[key], key, tuple(tensor.parameter().shape))
     except ArtifactError as error:
         raise refuse("reference factors", path, error) from error
     scaling = metadata["scaling"]
+    for tensor in layers[0].beside:
+        tensor.reference = tensors[BESIDE + tensor.name]
     return [
         replace(layer, reference=LoraFactors(tensors[f"{n}.A"], tensors[f"{n}.B"], scaling[n]))
         for layer in layers

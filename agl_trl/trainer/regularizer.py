@@ -8,7 +8,8 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from ..fisher.statistics import FisherStatistics
-from ..modeling.lora import AdaptedLayer, frozen_weights, local
+from ..modeling.lora import AdaptedLayer, frozen_weights
+from ..modeling.sharding import local
 from ..objective.alignguard import AlignGuardObjective, Coefficients
 from ..objective.budget import DriftBudget
 from ..objective.paper import PaperObjective

@@ -153,6 +153,47 @@ def test_adapter_of_another_base_is_named(demo_folder, tmp_path, monkeypatch, ca
     assert not (tmp_path / "out").exists()
 
 
+def tiny_world(folder, **config):
+    """A tiny model with its tokenizer, and an adapter on it of which everything has moved."""
+    from tests.helpers.models import byte_tokenizer, moved_adapter, tiny_model
+
+    tiny_model().save_pretrained(folder / "base")
+    byte_tokenizer().save_pretrained(folder / "base")
+    moved_adapter(tiny_model(), **config).save_pretrained(folder / "adapter")
+    options = ("--base", folder / "base", "--adapter", folder / "adapter", "--output-dir", folder / "out")
+    return ("drift", *options)
+
+
+def test_what_is_trained_beside_lora_is_told_and_passes_no_gate_on_weights(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr("agl_trl.cli.drift.driftcaps_requests", lambda: driftcaps_requests().select(range(4)))
+    arguments = tiny_world(tmp_path, modules_to_save=["lm_head"])
+    code, out, err = command(monkeypatch, capsys, *arguments, "--fail-if", "largest_drift>1e9")
+    assert code == 1 and "Failed: largest_drift covers only a part" in err and "'lm_head.weight'" in err, err
+    assert "not in these figures" in out
+    uncovered = DriftReport.from_pretrained(tmp_path / "out").uncovered
+    assert [*uncovered] == ["lm_head.weight"] and uncovered["lm_head.weight"] > 0.1
+
+
+def test_lora_on_the_head_of_a_foreign_adapter_is_measured(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr("agl_trl.cli.drift.driftcaps_requests", lambda: driftcaps_requests().select(range(4)))
+    arguments = tiny_world(tmp_path, target_modules=["q_proj", "lm_head"])
+    code, _, err = command(monkeypatch, capsys, *arguments, "--fail-if", "largest_drift>1e9")
+    assert code == 0, err
+    report = DriftReport.from_pretrained(tmp_path / "out")
+    assert "lm_head" in report.layers and report.num_moved == 3 and not report.uncovered
+
+
+@pytest.mark.parametrize("own", [True, False])
+def test_chat_template_that_only_the_adapter_has_is_told(own, tmp_path, monkeypatch, capsys):
+    arguments = tiny_world(tmp_path)
+    template = tmp_path / "base" / "chat_template.jinja"
+    shutil.move(template, tmp_path / "adapter") if own else template.unlink()
+    code, _, err = command(monkeypatch, capsys, *arguments)
+    assert code == 1 and "has no chat template" in err.splitlines()[-1], err
+    assert ("the adapter brings its own in 'chat_template.jinja'" in err) == own
+    assert not (tmp_path / "out").exists()
+
+
 def test_report_that_came_with_another_adapter_is_told(demo_folder, tmp_path, monkeypatch, capsys):
     shutil.copytree(demo_folder, tmp_path / "adapter")
     shutil.copy(demo_folder / "lora" / "adapter_model.safetensors", tmp_path / "adapter")

@@ -7,11 +7,13 @@ import torch
 from peft import PeftModel
 from safetensors.torch import load_file, save_file
 
-from agl_trl import DriftReport, FisherStatistics
-from agl_trl.drift.projection import projected_factor, strength_for
+from agl_trl import DriftReport, FisherStatistics, estimate_fisher
+from agl_trl.drift.projection import projected_factor, strength_for, write_projected
 from agl_trl.miniworld import load_model
+from agl_trl.modeling.loading import load_adapter
 from agl_trl.modeling.lora import adapted_layers
 from tests.helpers.commands import command
+from tests.helpers.models import moved_adapter, tiny_vision_language_model
 from tests.helpers.reference import dense, low_rank
 
 
@@ -73,3 +75,23 @@ def test_budget_below_the_rounding_is_refused(demo_folder):
     layers = adapted_layers(PeftModel.from_pretrained(load_model(), demo_folder / "lora"))
     with pytest.raises(ValueError, match="No projection keeps a budget of 1e-12"):
         strength_for(layers, statistics, 1e-12, [torch.bfloat16] * len(layers))
+
+
+def test_names_that_peft_has_changed_and_tensors_of_the_base_are_no_obstacle(tmp_path, tokenizer, alignment_rows):
+    """Of a Llava adapter from before transformers 4.52 the copy has today's names, and the type of its file."""
+    options = dict(target_modules=r".*language_model.*q_proj", modules_to_save=["lm_head"])
+    source, target = tmp_path / "adapter", tmp_path / "repaired"
+    moved_adapter(tiny_vision_language_model(), **options).save_pretrained(source, save_embedding_layers=False)
+    new, old = "base_model.model.model.language_model.", "base_model.model.language_model.model."
+    path = source / "adapter_model.safetensors"
+    save_file({name.replace(new, old): tensor.bfloat16() for name, tensor in load_file(path).items()}, path)
+    model = load_adapter(tiny_vision_language_model(), source)
+    statistics = estimate_fisher(model, alignment_rows, tokenizer, progress=False)
+    budget = DriftReport.measure(model, statistics).mean_relative_drift / 10
+    assert write_projected(source, target, model, statistics, budget) > 0
+    written, head = load_file(target / "adapter_model.safetensors"), "base_model.model.lm_head.weight"
+    assert {tensor.dtype for tensor in written.values()} == {torch.bfloat16}
+    assert {*written} == {name.replace(old, new) for name in load_file(path)}
+    assert torch.equal(written[head], load_file(path)[head])
+    again = DriftReport.measure(load_adapter(tiny_vision_language_model(), target), statistics)
+    assert 0.97 * budget < again.mean_relative_drift <= budget

@@ -7,6 +7,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
+    AutoModelForImageTextToText,
     PreTrainedModel,
     PreTrainedTokenizerFast,
 )
@@ -80,6 +81,30 @@ def probe_prompts() -> Dataset:
     """Seven prompts of two categories, four of them unsafe."""
     rows = chat_rows(7, "tell me", "answer {}")
     return Dataset.from_list([row | {"category": "ab"[i % 2], "unsafe": i < 4} for i, row in enumerate(rows)])
+
+
+def tiny_vision_language_model(seed: int = 0) -> PreTrainedModel:
+    """Llava with two layers of Llama; transformers 4.52 renamed its modules."""
+    vision = dict(hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4, projection_dim=32)
+    config = AutoConfig.for_model(
+        "llava",
+        text_config=SMALL | dict(model_type="llama", vocab_size=260, pad_token_id=0),
+        vision_config=vision | dict(model_type="clip_vision_model", image_size=16, patch_size=8),
+        image_token_index=259,
+    )
+    torch.manual_seed(seed)
+    return AutoModelForImageTextToText.from_config(config)
+
+
+def moved_adapter(model: PreTrainedModel, scale: float = 0.05, **config) -> PeftModel:
+    """A model with an adapter (by default LoRA of rank 2 on the query projections) of which everything that it trains has moved."""
+    options = {"r": 2, "target_modules": ["q_proj"], "task_type": "CAUSAL_LM"}
+    tuned = get_peft_model(model, LoraConfig(**options | config))
+    generator = torch.Generator().manual_seed(1)
+    for parameter in tuned.parameters():
+        if parameter.requires_grad:
+            parameter.data.add_(scale * torch.randn(parameter.shape, generator=generator).to(parameter))
+    return tuned.eval()
 
 
 def adapted(scale: float) -> PeftModel:

@@ -8,7 +8,8 @@ from peft import LoraConfig, get_peft_model
 from transformers import PreTrainedTokenizerFast, TrainerCallback
 
 from agl_trl import AGLDPOConfig, AGLDPOTrainer, AGLSFTConfig, AGLSFTTrainer
-from agl_trl.modeling.lora import adapted_layers, whole
+from agl_trl.modeling.lora import adapted_layers
+from agl_trl.modeling.sharding import whole
 from tests.helpers.models import chat_rows, preference_rows, tiny_model
 
 

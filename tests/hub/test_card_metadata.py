@@ -107,3 +107,10 @@ def test_metadata_of_ours_are_the_same_when_made_again():
 
 def test_one_line_holds_nothing_that_is_not_seen():
     assert one_line("a\n b\t\u202ec\x00") == "a b c"
+
+
+def test_number_that_leaves_something_out_says_so_in_the_model_index():
+    report = made_up_report()
+    assert eval_results(report)[0].metric_name == "Mean relative drift of the weights"
+    report.metadata["uncovered"] = {"lm_head.weight": 0.1}
+    assert eval_results(report)[0].metric_name == "Mean relative drift of the LoRA layers alone"

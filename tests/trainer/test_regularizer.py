@@ -190,6 +190,35 @@ def test_continued_adapter_is_measured_from_where_it_started(tmp_path, tokenizer
         assert torch.equal(a, b), name
 
 
+def test_start_of_a_continued_adapter_includes_what_it_trains_beside_lora(
+    tmp_path, tokenizer, train_rows, alignment_rows
+):
+    """The base of the report, in this run and in one that goes on from a checkpoint, is the model as it was when the run began."""
+    from agl_trl import AGLSFTTrainer
+    from tests.helpers.models import moved_adapter
+    from tests.helpers.training import COMMON
+
+    settings = {k: v for k, v in COMMON.items() if k != "save_strategy"}
+    start = moved_adapter(tiny_model(), 0.1, modules_to_save=["lm_head"])
+    head = start.lm_head.weight.detach().clone()
+    for resume in (False, True):
+        trainer = AGLSFTTrainer(
+            moved_adapter(tiny_model(), 0.1, modules_to_save=["lm_head"]),
+            AGLSFTConfig(str(tmp_path), save_strategy="steps", save_steps=2, **settings),
+            train_dataset=train_rows,
+            processing_class=tokenizer,
+            alignment_dataset=alignment_rows,
+        )
+        trainer.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2") if resume else None)
+        report, guard = trainer.drift_report(), trainer.align_guard
+        now = trainer.model.lm_head.weight.detach()
+        frozen = trainer.model.lm_head.original_module.weight
+        expected = (now - head).norm() / frozen.norm()
+        assert report.uncovered == {"lm_head.weight": pytest.approx(expected.item(), rel=1e-4)} and expected > 0
+        with at_reference(trainer.model, guard.layers):
+            assert torch.equal(trainer.model.lm_head.weight, head)
+
+
 def test_budget_and_anchor_resume_bit_identical(tmp_path, tokenizer, train_rows, alignment_rows):
     kwargs = dict(
         collision_rows=8,
