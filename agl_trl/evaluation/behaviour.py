@@ -14,8 +14,10 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..artifacts.extras import needs_extra
+from ..data.labels import unsafe_column
+from ..data.rows import prompt_text
 from ..modeling.base_and_tuned import BaseAndTuned
-from ..modeling.generation import answer_nll, generate_answers, prompt_text
+from ..modeling.generation import answer_nll, generate_answers
 from ..modeling.lora import AdaptedLayer
 from .answer_cache import AnswerCache
 from .judges import Judge, StringJudge
@@ -238,18 +240,6 @@ def answer_prompts(
         nll = answer_nll(model, tokenizer, prompts, batch_size=batch_size)
     verdicts = (judge or StringJudge())([prompt_text(question) for question in questions], texts)
     return Answers(texts, verdicts, nll)
-
-
-def unsafe_column(prompts: Dataset) -> Tensor:
-    """
-    Which prompts should be refused, of shape `(prompts,)`: from the column `unsafe`, or `expected` (`"refuse"` or
-    `"comply"`, as in DriftCaps); all, where the dataset does not say.
-    """
-    if "unsafe" in prompts.column_names:
-        return torch.tensor(prompts["unsafe"])
-    if "expected" in prompts.column_names:
-        return torch.tensor([expected == "refuse" for expected in prompts["expected"]])
-    return torch.ones(len(prompts), dtype=torch.bool)
 
 
 def compare(prompts: Dataset, base: Answers, tuned: Answers, kl: Tensor, probes: Probes, judge: Judge) -> Behaviour:

@@ -18,7 +18,7 @@ from trl import (
     get_quantization_config,
 )
 
-from ..data.alignment import READERS, load_rows
+from ..data.files import is_file, load_rows
 from ..trainer.config import AlignGuardConfig
 
 
@@ -166,7 +166,7 @@ def load_training_rows(
     if name == MINIWORLD:
         task = script_args.dataset_config or "extract"
         return DatasetDict(train=embedded_rows(task, "train"), test=embedded_rows(task, "test"))
-    if Path(name).suffix in READERS:
+    if is_file(name):
         return DatasetDict(train=load_rows(name))
     return load_dataset(name, name=script_args.dataset_config, streaming=script_args.dataset_streaming)
 

@@ -5,10 +5,11 @@ import torch
 from datasets import Dataset
 
 from agl_trl.data.alignment import batches, pad_token_id, tokenize_row
+from agl_trl.data.rows import prompt_ids
 from agl_trl.evaluation.behaviour import measure_behaviour
 from agl_trl.evaluation.probes import first_token_kl, probe
 from agl_trl.modeling.base_and_tuned import BaseAndTuned
-from agl_trl.modeling.generation import answer_logits, answer_nll, generate_answers, prompt_ids
+from agl_trl.modeling.generation import answer_logits, answer_nll, generate_answers
 from agl_trl.modeling.lora import adapted_layers
 from tests.helpers.models import adapted, probe_prompts, tiny_model
 

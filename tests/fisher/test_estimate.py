@@ -174,12 +174,9 @@ def test_only_unsafe_rows_carry_the_statistics(tokenizer, alignment_rows):
 
 
 def test_formats_of_the_same_conversation_agree(tokenizer):
-    rows = chat_rows(4, "q", "a {}")
-    preference = [{"prompt": r["prompt"], "chosen": r["completion"], "rejected": r["prompt"]} for r in rows]
-    implicit = [
-        {"chosen": r["prompt"] + r["completion"], "rejected": r["prompt"] + [{"role": "assistant", "content": "x"}]}
-        for r in rows
-    ]
+    rows, other = chat_rows(4, "q", "a {}"), [{"role": "assistant", "content": "x"}]
+    preference = [{"prompt": r["prompt"], "chosen": r["completion"], "rejected": other} for r in rows]
+    implicit = [{"chosen": r["prompt"] + r["completion"], "rejected": r["prompt"] + other} for r in rows]
     messages = [{"messages": r["prompt"] + r["completion"]} for r in rows]
     expected = [tokenize_row(row, tokenizer) for row in rows]
     assert [tokenize_row(row, tokenizer) for row in preference] == expected
@@ -207,7 +204,7 @@ def test_sampled_labels_follow_the_model(tokenizer):
 @pytest.mark.parametrize(
     ("rows", "message"),
     [
-        ([{"question": "a", "answer": "b"}], r"columns \['answer', 'question'\] have no known format"),
+        ([{"question": "a", "answer": "b"}], "Row 0 has no known format, but the columns answer, question"),
         ([], "no row to protect"),
         ([{"prompt": "a", "completion": "b", "unsafe": False}], "no row to protect"),
     ],
