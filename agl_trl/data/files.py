@@ -80,6 +80,7 @@ def _read(path: Path) -> Dataset:
 def read_failure(error: Exception) -> str:
     """Why `datasets` could not read a source, as [`first_line`] tells it."""
     cause = error.__cause__ or error
-    if isinstance(cause, StopIteration) or "corresponds to no data" in str(cause):  # datasets on empty files
+    of_empty = ("corresponds to no data", "Please pass `features` or at least one example")  # datasets on empty files
+    if isinstance(cause, StopIteration) or any(part in str(cause) for part in of_empty):
         return "it holds no rows"
     return first_line(cause)

@@ -107,6 +107,9 @@ def read_columns(row: Mapping[str, Any]) -> dict[str, Any]:
     elif used == ("chosen",):
         raise RowError(f"{name} has the column 'chosen', but neither 'prompt' nor 'rejected' to tell its answer from.")
     kinds = {column: check_content(columns[column], name, column) for column in used}
+    for column, kind in (("text", "text"), ("messages", "a conversation")):
+        if kinds.get(column, kind) != kind:
+            raise RowError(f"{name} has {kinds[column]} in the column '{column}', not {kind}.")
     if len({*kinds.values()}) > 1:
         said = ", ".join(f"'{column}' is {kind}" for column, kind in kinds.items())
         advice = "; leave 'prompt' out if 'chosen' begins with it" if "chosen" in used else ""

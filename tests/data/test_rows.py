@@ -198,6 +198,8 @@ def test_an_answer_by_another_name_is_the_completion(column, tokenizer):
         ({"messages": [said("user", [{"type": "image"}])]}, "a part of a message that is no text: {'type': 'image'}."),
         ({"messages": [said("user", 5)]}, "a message whose content is no text: 5."),
         ({"text": 5}, "Row 1 has, in the column 'text', neither text nor a conversation: 5."),
+        ({"text": ASKED[0]}, "Row 1 has a conversation in the column 'text', not text."),
+        ({"messages": "Bread?"}, "Row 1 has text in the column 'messages', not a conversation."),
         (
             {"chosen": "Yes."},
             "Row 1 has the column 'chosen', but neither 'prompt' nor 'rejected' to tell its answer from.",
