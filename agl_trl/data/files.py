@@ -4,7 +4,6 @@ import codecs
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 from datasets import Dataset, load_dataset
 
@@ -66,15 +65,22 @@ def _read(path: Path) -> Dataset:
         raise ValueError(f"the name of the file must end in {', '.join(list(READERS)[:-1])} or {list(READERS)[-1]}")
     if not path.is_file():
         raise FileNotFoundError("there is no such file")
-    with path.open("rb") as file:
-        start = file.read(3)
-    encoding = next((name for mark, name in ENCODINGS.items() if start.startswith(mark)), None)
-    options: dict[str, Any] = {} if encoding is None else {"encoding": encoding}
+    options = {} if reader is Dataset.from_parquet else {"encoding": _encoding(path)}
     rows = reader(str(path), **options)
     if reader is Dataset.from_text:
         rows = rows.rename_column("text", "prompt")
         return rows.select([i for i, prompt in enumerate(rows["prompt"]) if prompt.strip()])
     return rows.rename_columns({column: column.strip() for column in rows.column_names})
+
+
+def _encoding(path: Path) -> str:
+    with path.open("rb") as file:
+        start = file.read(3)
+    encoding = next((name for mark, name in ENCODINGS.items() if start.startswith(mark)), "utf-8")
+    with path.open(encoding=encoding) as lines:  # Arrow would tell wrong bytes only when the row is used
+        for _ in lines:
+            pass
+    return encoding
 
 
 def read_failure(error: Exception) -> str:

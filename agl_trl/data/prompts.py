@@ -4,7 +4,7 @@ from collections import Counter, defaultdict
 from fnmatch import fnmatchcase
 from typing import Any, NamedTuple
 
-from datasets import Dataset, Features, List, Value, concatenate_datasets, load_dataset
+from datasets import Dataset, Features, Json, List, Value, concatenate_datasets, load_dataset
 from datasets.exceptions import DatasetNotFoundError
 from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, RepositoryNotFoundError
 
@@ -13,7 +13,7 @@ from ..driftcaps import load_driftcaps
 from ..miniworld import MINIWORLD, heldout_prompts
 from .files import is_file, load_rows, read_failure
 from .labels import is_missing, is_unsafe
-from .rows import Row, RowError, check_content, content_text
+from .rows import OF_TEMPLATE, Row, RowError, check_content, content_text
 
 
 PROMPT_COLUMNS = ("prompt", "instruction", "question", "goal", "Goal", "forbidden_prompt", "text")
@@ -93,8 +93,9 @@ def load_prompts(name: str, limit: int | None = None) -> Dataset:
 
     Returns:
         `Dataset`:
-            Columns `prompt` (conversation), `category` (or `"all"`), `unsafe` (bool; true without a label), `id`, and
-            `completion` (conversation) if every prompt has a reference answer. `dataset.info.license` is the licence.
+            Columns `prompt` (conversation), `category` (or `"all"`), `unsafe` (bool; true without a label), `id`, `tools` and
+            `chat_template_kwargs` if the source has them, and `completion` (conversation) if every prompt has a reference
+            answer. `dataset.info.license` is the licence.
 
     Raises:
         `ValueError`: If the prompts can't be reached or read, there are none, or `limit` isn't positive.
@@ -149,10 +150,12 @@ def map_rows(rows: Dataset, spec: PromptSet) -> Dataset:
                 "completion": _messages(row[spec.completion], "assistant", name, spec.completion)
                 if spec.completion
                 else [],
+                **{column: row[column] for column in OF_TEMPLATE if column in row},
             }
     if not prompts:
         raise ValueError(f"'{spec.source}' holds no prompts.")
-    dataset = Dataset.from_list(list(prompts.values()), features=FEATURES)
+    told = {column: Json() for column in OF_TEMPLATE if column in rows.column_names}
+    dataset = Dataset.from_list(list(prompts.values()), features=Features(FEATURES | told))
     dataset.info.license = spec.license
     return dataset if all(dataset["completion"]) else dataset.remove_columns("completion")
 

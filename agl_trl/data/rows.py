@@ -6,6 +6,7 @@ from contextlib import contextmanager
 from copy import deepcopy
 from typing import Any, TypeAlias
 
+from datasets import Dataset
 from transformers import PreTrainedTokenizerBase
 
 from ..artifacts.files import first_line
@@ -17,6 +18,7 @@ Conversation: TypeAlias = list[dict[str, Any]]
 # What a model is asked: text, a conversation, or a row whose columns `tools` and `chat_template_kwargs` belong to the prompt.
 Messages: TypeAlias = Conversation | str | Mapping[str, Any]
 
+OF_TEMPLATE = ("tools", "chat_template_kwargs")
 ANSWERS = ("completion", "response", "answer", "output")  # TRL's own name first
 FORMATS = (
     "prompt-completion ('prompt', 'completion'), preference ('prompt', 'chosen', 'rejected'), prompt-only ('prompt'), "
@@ -187,6 +189,12 @@ def prompt_ids(tokenizer: PreTrainedTokenizerBase, prompt: Messages) -> list[int
     check_content(row.get("prompt"), name, "prompt")
     with told_by(name):
         return content_ids(tokenizer, row["prompt"], add_generation_prompt=True, **template_options(row, name))
+
+
+def questions_of(prompts: Dataset) -> list[Messages]:
+    """Prompts of a set as rows of what belongs to asking them, with their numbers: see [`Messages`]."""
+    asked = prompts.select_columns([column for column in ("prompt", *OF_TEMPLATE) if column in prompts.column_names])
+    return [Row(row, number) for number, row in enumerate(asked)]
 
 
 def check_prompts(tokenizer: PreTrainedTokenizerBase, prompts: Iterable[Messages], context: int | None) -> None:

@@ -52,6 +52,7 @@ def test_a_prompt_a_line(tmp_path, name, encoding):
         ("rows.xlsx", b"PK", "the name of the file must end in .jsonl, .json, .csv, .tsv, .txt or .parquet"),
         ("rows", b"{}", "the name of the file must end in "),
         ("rows.csv", "prompt\nbrûlée".encode("latin-1"), "'utf-8' codec can't decode byte "),
+        ("rows.jsonl", '{"prompt": "brûlée"}'.encode("latin-1"), "'utf-8' codec can't decode byte "),
         ("rows.TSV", None, "there is no such file"),
         ("rows.txt", b"", "it holds no rows"),
         ("rows.txt", b"\n \n", "it holds no rows"),

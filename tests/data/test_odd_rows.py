@@ -71,37 +71,30 @@ class Odd:
         )
 
     def content(self) -> Any:
-        kinds = [
-            self.text(),
-            self.text(),
-            self.text(),
-            [{"type": "text", "text": self.text()}],
-            None,
-            5,
-            [],
-            [{"type": "image"}],
-        ]
-        return self.draw.choice(kinds)
+        if self.draw.random() < 0.8:
+            return self.text()
+        parts = [{"type": "text", "text": self.text()} for _ in range(self.draw.choice([1, 2]))]
+        return self.draw.choice([parts, parts, parts, None, 5, [], [{"type": "image"}]])
 
     def message(self, names: tuple[str, str] = ("role", "content")) -> Any:
-        role = self.draw.choice(["user", "user", "assistant", "assistant", "system", "tool", "human", None])
+        role = self.draw.choice(["user", "assistant"] * 6 + ["system", "tool", "human", None])
         message = {names[0]: role, names[1]: self.content()}
-        if self.draw.random() < 0.1:
+        if self.draw.random() < 0.03:
             del message[self.draw.choice(names)]
-        return message if self.draw.random() < 0.95 else self.draw.choice([None, "user: hi", ["user", "hi"]])
+        return message if self.draw.random() < 0.98 else self.draw.choice([None, "user: hi", ["user", "hi"]])
 
     def conversation(self, names: tuple[str, str] = ("role", "content")) -> list:
-        return [self.message(names) for _ in range(self.draw.choice([0, 1, 1, 1, 2, 3]))]
+        return [self.message(names) for _ in range(self.draw.choice([0, *[1] * 6, 2, 2, 3]))]
 
     def good(self) -> list[dict[str, str]]:
         return [{"role": "user", "content": self.text()}]
 
     def cell(self, conversational: bool) -> Any:
-        if self.draw.random() < 0.15:
+        if self.draw.random() < 0.05:
             return self.draw.choice(
                 [None, 5, 0.5, True, [], {}, {"role": "user"}, ["a", "b"], [[self.message()]], float("nan")]
             )
-        if self.draw.random() < 0.1:
+        if self.draw.random() < 0.05:
             conversational = not conversational
         return (self.conversation() if self.draw.random() < 0.6 else self.good()) if conversational else self.text()
 
@@ -242,7 +235,10 @@ def test_odd_rows_are_read_as_trl_reads_them_or_refused(tmp_path, trainers, toke
             (ours,) = tokenize_rows(selected, tokenizer, context=500)
         except ValueError as error:
             said = refusal(error, path)
-        expected = None if given is None else as_trl_reads_it(given, trainers, tokenizer)
+        if given is None:
+            counts["a list alone holds it"] += 1
+            continue
+        expected = as_trl_reads_it(given, trainers, tokenizer)
         counts[f"{'read' if ours else 'refused'}, {'read' if expected else 'refused'} by TRL"] += 1
         if ours and expected:
             assert ours == expected, (seed, row)
@@ -258,5 +254,4 @@ def test_odd_rows_are_read_as_trl_reads_them_or_refused(tmp_path, trainers, toke
             except ValueError as error:
                 refusal(error, path)
                 counts["prompts refused"] += 1
-    print("COUNTS", counts)
-    assert len(counts) == 8 and min(counts.values()) >= 3, f"every case is met: {counts}"
+    assert len(counts) == 9 and min(counts.values()) >= 3, f"every case is met: {counts}"

@@ -3,6 +3,7 @@
 import pytest
 import torch
 from datasets import Dataset
+from peft import LoraConfig, get_peft_model
 
 from agl_trl.data.alignment import batches, pad_token_id, tokenize_row
 from agl_trl.data.rows import prompt_ids
@@ -92,6 +93,7 @@ def test_a_model_that_makes_all_logits_gives_the_same(tokenizer, prompts):
         def __init__(self):
             super().__init__()
             self.inner = adapted(0.5).eval()
+            self.config = self.inner.config
 
         def forward(self, input_ids, attention_mask, use_cache):
             return self.inner(input_ids=input_ids, attention_mask=attention_mask, use_cache=use_cache)
@@ -132,3 +134,21 @@ def test_the_model_is_left_as_it_was(tokenizer, prompts):
     measure_behaviour(model, tokenizer, prompts, max_new_tokens=2, progress=False)
     assert all(module.training for module in model.modules())
     assert all(layer.current().B.requires_grad for layer in adapted_layers(model))
+
+
+@pytest.mark.parametrize(
+    "prompt, sentence",
+    [
+        (
+            [{"role": "user", "content": "x" * 200}],
+            "Row 1 has a prompt of 203 tokens, and the model reads 128: shorten it.",
+        ),
+        (None, "Row 1 has nothing in the column 'prompt'."),
+    ],
+)
+def test_a_prompt_that_cannot_be_asked_is_named_before_any_is_answered(tokenizer, prompt, sentence):
+    rows = Dataset.from_dict({"prompt": [[{"role": "user", "content": "hi"}], prompt]})
+    model = get_peft_model(tiny_model("gpt2"), LoraConfig(target_modules=["c_attn"]))
+    with pytest.raises(ValueError) as raised:
+        measure_behaviour(model, tokenizer, rows, progress=False)
+    assert str(raised.value) == sentence

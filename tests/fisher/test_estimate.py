@@ -11,6 +11,7 @@ from agl_trl import estimate_fisher
 from agl_trl.data.alignment import batches, tokenize_row
 from agl_trl.fisher.collector import Collector
 from agl_trl.fisher.estimate import _objective
+from agl_trl.modeling.generation import answered_by
 from agl_trl.modeling.lora import linear_layers
 from tests.helpers.models import chat_rows, tiny_model
 from tests.helpers.reference import dense, quadratic_form, shrunk
@@ -226,3 +227,16 @@ def test_iterable_dataset_gives_its_first_rows(tokenizer, alignment_rows):
         estimate_fisher(tiny_model(), alignment_rows.to_iterable_dataset(), tokenizer, num_samples=5, **FULL),
         estimate_fisher(tiny_model(), Dataset.from_list(list(alignment_rows)[:5]), tokenizer, **FULL),
     )
+
+
+@pytest.mark.parametrize("row", [{"text": "x" * 200}, {"prompt": "x" * 200}, {"prompt": "x", "completion": "x" * 200}])
+def test_a_row_longer_than_the_model_reads_is_named(tokenizer, row):
+    with pytest.raises(ValueError, match=r"^Row 1 has .*20\d tokens, and the model reads 128: shorten"):
+        estimate_fisher(tiny_model("gpt2"), [{"text": "a word"}, row], tokenizer, progress=False)
+
+
+def test_rows_with_and_without_answers_go_together(tokenizer):
+    model, given = tiny_model(), {"prompt": "Bread", "completion": "is baked."}
+    statistics = estimate_fisher(model, [given, {"prompt": "And flour"}], tokenizer, **FULL)
+    (answered,) = answered_by(model, tokenizer, [{"prompt": "And flour"}], progress=False)
+    assert_same(statistics, estimate_fisher(model, [given, answered], tokenizer, **FULL))
