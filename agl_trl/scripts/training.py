@@ -33,7 +33,7 @@ class AGLScriptArguments(ScriptArguments):
 
     Args:
         alignment_dataset_name (`str`, *optional*):
-            Rows whose behaviour must not change: dataset on the Hub, a local `.jsonl`, `.json`, `.csv` or `.parquet` file, or
+            Rows whose behaviour must not change: dataset on the Hub, a local `.jsonl`, `.json`, `.csv`, `.tsv`, `.txt` or `.parquet` file, or
             `miniworld`. Not needed with `fisher_path`.
         alignment_dataset_config (`str`, *optional*):
             Configuration of the dataset on the Hub.
@@ -44,7 +44,7 @@ class AGLScriptArguments(ScriptArguments):
     alignment_dataset_name: str | None = field(
         default=None,
         metadata={
-            "help": "Rows whose behaviour must not change: dataset on the Hub, a local .jsonl, .json, .csv or .parquet file, or "
+            "help": "Rows whose behaviour must not change: dataset on the Hub, a local .jsonl, .json, .csv, .tsv, .txt or .parquet file, or "
             "`miniworld`. Not needed with `fisher_path`."
         },
     )
