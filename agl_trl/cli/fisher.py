@@ -6,12 +6,15 @@ import typer
 from huggingface_hub import HfApi
 
 from ..artifacts.files import FISHER_FILE, FOLDER, check_writable, hub_id
-from ..data.alignment import READERS, is_prompt_only, load_rows, select_rows, tokenize_row
+from ..data.alignment import select_rows, tokenize_rows
+from ..data.files import is_file, load_rows
+from ..data.rows import is_prompt_only
 from ..fisher.cost import fisher_cost, seconds_by_trial
 from ..fisher.estimate import FisherType, estimate_fisher
 from ..fisher.statistics import FisherStatistics
 from ..hub.model_card import write_statistics_card
 from ..hub.push import FAILURES, PushError, create_repo, push_folder
+from ..modeling.generation import context_length
 from ..modeling.loading import load_model
 
 
@@ -76,10 +79,10 @@ def fisher(
         f"{plan.layers} layers, {plan.inputs} shared inputs; {plan.accumulator_bytes / 1e6:.0f} MB of sums beside the model, "
         f"{plan.file_bytes / 1e6:.1f} MB on disk"
     )
-    if is_prompt_only(selected[0]):
+    if any(map(is_prompt_only, selected)):
         typer.echo(f"{len(selected)} requests, which the model answers first")
     else:
-        rows = [tokenize_row(row, tokenizer, MAX_LENGTH) for row in selected]
+        rows = tokenize_rows(selected, tokenizer, MAX_LENGTH, context_length(loaded))
         seconds = seconds_by_trial(
             loaded,
             rows,
@@ -148,6 +151,6 @@ def push_statistics(statistics: FisherStatistics, folder: Path, repo_id: str) ->
 
 def dataset_id(name: str) -> str | None:
     """Name of a dataset that others know: an id on the Hub or an embedded set, never a file of this machine."""
-    if Path(name).exists() or Path(name).suffix in READERS:
+    if Path(name).exists() or is_file(name):
         return None
     return hub_id(name)

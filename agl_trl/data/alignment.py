@@ -1,33 +1,18 @@
-"""Alignment rows: any of TRL's dataset formats to token sequences with answer masks, and padded batches of them."""
+"""Alignment rows: the selected ones, as token sequences with answer masks, and padded batches of them."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
-from pathlib import Path
 from typing import Any
 
 import torch
-from datasets import Dataset, IterableDataset, load_dataset
+from datasets import Dataset, IterableDataset
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from ..artifacts.files import first_line
 from ..driftcaps import alignment_rows
-from ..miniworld import MINIWORLD, alignment_dataset
-
-
-# Boolean column that marks the rows whose behaviour must not change; when present, they alone carry the statistics.
-PROTECTED_COLUMN = "unsafe"
-READERS = {
-    ".jsonl": Dataset.from_json,
-    ".json": Dataset.from_json,
-    ".csv": Dataset.from_csv,
-    ".parquet": Dataset.from_parquet,
-}
-FORMATS = (
-    "prompt-completion ('prompt', 'completion'), preference ('prompt', 'chosen', 'rejected'), prompt-only ('prompt'), "
-    "or language modeling ('messages' or 'text')"
-)
+from .labels import PROTECTED_COLUMN, is_protected
+from .rows import Row, RowError, content_ids, read_columns, row_name, template_options, told_by
 
 
 @dataclass(frozen=True)
@@ -46,37 +31,6 @@ class AlignmentRow:
     answer_start: int
 
 
-def load_rows(name: str, split: str = "train", config: str | None = None) -> Dataset:
-    """
-    Rows of a local `.jsonl`, `.json`, `.csv` or `.parquet` file, of a dataset on the Hub, or of the package itself:
-    `"miniworld"` gives the alignment rows of the embedded world, `"driftcaps"` those of DriftCaps.
-
-    Raises:
-        `ValueError`: If the file can't be read, or holds nothing.
-    """
-    if name == MINIWORLD:
-        return alignment_dataset()
-    if name == "driftcaps":
-        return alignment_rows()
-    path = Path(name)
-    try:
-        if path.suffix in READERS:
-            if not path.is_file():
-                raise FileNotFoundError("there is no such file")
-            return READERS[path.suffix](name)
-        return load_dataset(name, config, split=split)
-    except Exception as error:  # datasets raises a different class for every format and every way to fail
-        raise ValueError(f"Can't read rows from '{name}': {read_failure(error)}.") from error
-
-
-def read_failure(error: Exception) -> str:
-    """Why `datasets` could not read a source, as [`first_line`] tells it."""
-    cause = error.__cause__ or error
-    if isinstance(cause, StopIteration) or "corresponds to no data" in str(cause):  # datasets on empty files
-        return "it holds no rows"
-    return first_line(cause)
-
-
 def driftcaps_requests() -> Dataset:
     """Unsafe requests of DriftCaps' protection split, without answers: those of the model itself are to be kept."""
     rows = alignment_rows("protect")
@@ -85,14 +39,14 @@ def driftcaps_requests() -> Dataset:
 
 
 def select_rows(
-    dataset: Dataset | IterableDataset | Sequence[dict[str, Any]], num_samples: int | None, seed: int
-) -> list[dict[str, Any]]:
+    dataset: Dataset | IterableDataset | Sequence[Mapping[str, Any]], num_samples: int | None, seed: int
+) -> list[Row]:
     """
     Rows that carry the statistics: those marked in the column `unsafe` if the dataset has one, all otherwise; of these
-    a seeded sample (of an iterable dataset the first rows).
+    a seeded sample (of an iterable dataset the first rows). They keep their numbers in the dataset.
 
     Args:
-        dataset (`Dataset`, `IterableDataset` or `Sequence[dict]`):
+        dataset (`Dataset`, `IterableDataset` or `Sequence[Mapping]`):
             Alignment dataset.
         num_samples (`int`, *optional*):
             Number of rows; `None` takes all.
@@ -100,23 +54,26 @@ def select_rows(
             Seed of the sample; the global random state stays untouched.
 
     Raises:
-        `ValueError`: If no row is left.
+        `ValueError`: If no row is left, or a row can't be read.
         `TypeError`: If several splits are given.
     """
     if isinstance(dataset, dict):
         raise TypeError(
             f"The alignment dataset has the splits {', '.join(dataset)}: pass one of them, such as `dataset['train']`."
         )
-    if not isinstance(dataset, IterableDataset):
-        dataset = dataset if isinstance(dataset, Dataset) else Dataset.from_list(list(dataset))
-        if PROTECTED_COLUMN in dataset.column_names:
-            marked = [i for i, unsafe in enumerate(dataset[PROTECTED_COLUMN]) if unsafe]
-            dataset = dataset.select(marked)
-        if num_samples is not None and num_samples < len(dataset):
-            dataset = dataset.shuffle(seed=seed).select(range(num_samples))
-        rows = list(dataset)
+    if isinstance(dataset, IterableDataset):
+        numbered = (Row(row, number) for number, row in enumerate(dataset))
+        rows = list(islice((row for row in numbered if _carries(row)), num_samples))
+    elif isinstance(dataset, Dataset):
+        marks = [column for column in dataset.column_names if column.strip() == PROTECTED_COLUMN]
+        marked = [Row(row, i) for i, row in enumerate(dataset.select_columns(marks))] if marks else ()
+        carrying = [row.number for row in marked if _carries(row)] if marks else range(len(dataset))
+        chosen = _sample(carrying, num_samples, seed)
+        rows = [Row(row, number) for number, row in zip(chosen, dataset.select(chosen), strict=True)]
     else:
-        rows = list(islice((row for row in dataset if row.get(PROTECTED_COLUMN, True)), num_samples))
+        marked = [Row(row, number) for number, row in enumerate(dataset)]
+        marked = [row for row in marked if _carries(row)]
+        rows = [marked[i] for i in _sample(range(len(marked)), num_samples, seed)]
     if not rows:
         raise ValueError(
             f"The alignment dataset has no row to protect (column '{PROTECTED_COLUMN}' marks none, or it is empty)."
@@ -124,9 +81,14 @@ def select_rows(
     return rows
 
 
-def is_prompt_only(row: dict[str, Any]) -> bool:
-    """Whether a row has a prompt and no answer, so that the reference model must give one."""
-    return "prompt" in row and not row.keys() & {"completion", "chosen", "messages", "text", "input_ids"}
+def _carries(row: Row) -> bool:
+    return PROTECTED_COLUMN not in row or is_protected(row[PROTECTED_COLUMN], row_name(row))
+
+
+def _sample(chosen: Sequence[int], num_samples: int | None, seed: int) -> Sequence[int]:
+    if num_samples is None or num_samples >= len(chosen):
+        return chosen
+    return Dataset.from_dict({"number": chosen}).shuffle(seed=seed)["number"][:num_samples]
 
 
 def pad_token_id(tokenizer: PreTrainedTokenizerBase) -> int:
@@ -134,74 +96,90 @@ def pad_token_id(tokenizer: PreTrainedTokenizerBase) -> int:
     return tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
 
 
+def tokenize_rows(
+    rows: Iterable[Mapping[str, Any]],
+    tokenizer: PreTrainedTokenizerBase,
+    max_length: int | None = None,
+    context: int | None = None,
+) -> list[AlignmentRow]:
+    """[`tokenize_row`] of every row; those that have no number yet are counted from 0."""
+    return [tokenize_row(Row(row, number), tokenizer, max_length, context) for number, row in enumerate(rows)]
+
+
 def tokenize_row(
-    row: dict[str, Any], tokenizer: PreTrainedTokenizerBase, max_length: int | None = None
+    row: Mapping[str, Any],
+    tokenizer: PreTrainedTokenizerBase,
+    max_length: int | None = None,
+    context: int | None = None,
 ) -> AlignmentRow:
     """
     Tokenize one row as TRL would train on it. A preference row stands for its prompt and chosen answer.
 
     Args:
-        row (`dict`):
+        row (`Mapping`):
             Row in one of TRL's formats, conversational or not.
         tokenizer (`PreTrainedTokenizerBase`):
             Tokenizer with the chat template of the model.
         max_length (`int`, *optional*):
             Longer rows lose their end.
+        context (`int`, *optional*):
+            Most tokens that the model reads; a row of more is refused.
 
     Raises:
-        `ValueError`: If the format is unknown, or no token of the answer is left.
+        [`RowError`]: If the format is unknown, no token of the answer is left, or the row is too long for the model.
     """
-    from trl import extract_prompt, is_conversational  # here: statistics and callback work without a trainer of TRL
-
-    if "chosen_ids" in row:  # already tokenized, as a DPO trainer's own training rows
-        return AlignmentRow((row["prompt_ids"] + row["chosen_ids"])[:max_length], max(len(row["prompt_ids"]), 1))
-    if "input_ids" in row:  # and an SFT trainer's
-        labels = row.get("labels") or row["input_ids"]
-        start = next((i for i, label in enumerate(labels) if label != -100), len(labels))
-        return AlignmentRow(list(row["input_ids"])[:max_length], max(start, 1))
-    if "chosen" in row and "prompt" not in row:
-        row = extract_prompt(row)
-    if "prompt" in row and ("completion" in row or "chosen" in row):
-        prompt, answer = row["prompt"], row["completion"] if "completion" in row else row["chosen"]
-        if is_conversational({"prompt": prompt}):
-            prompt_ids = _chat_ids(tokenizer, prompt, add_generation_prompt=True)
-            input_ids = _chat_ids(tokenizer, prompt + answer)
-        else:
-            prompt_ids = tokenizer(prompt)["input_ids"]
-            input_ids = tokenizer(prompt + answer + _missing_eos(tokenizer, answer))["input_ids"]
-        start = _common_prefix(prompt_ids, input_ids)
-    elif "messages" in row:
-        input_ids, start = _chat_ids(tokenizer, row["messages"]), 1
-    elif "text" in row:
-        input_ids, start = tokenizer(row["text"] + _missing_eos(tokenizer, row["text"]))["input_ids"], 1
+    name = row_name(row)
+    if row.keys() & {"chosen_ids", "input_ids"}:
+        with told_by(name):
+            input_ids, start = _given_ids(row)
     else:
-        raise ValueError(f"Alignment rows with the columns {sorted(row)} have no known format; use {FORMATS}.")
-    input_ids = input_ids[:max_length]
+        input_ids, start = _ids(row, tokenizer, name)
+    input_ids, start = input_ids[:max_length], max(start, 1)
     if start >= len(input_ids):
-        raise ValueError(
-            f"An alignment row has no token of an answer within {len(input_ids)} tokens: raise `max_length`, or remove the "
-            f"row that begins {tokenizer.decode(input_ids[:20])!r}."
+        raise RowError(
+            f"{name} has no token of an answer within {len(input_ids)} tokens: raise `max_length`, or remove the row."
         )
-    return AlignmentRow(input_ids, max(start, 1))
+    if context is not None and len(input_ids) > context:
+        raise RowError(
+            f"{name} has {len(input_ids)} tokens, and the model reads {context}: shorten or remove the row."
+        )
+    return AlignmentRow(input_ids, start)
 
 
-def _chat_ids(
-    tokenizer: PreTrainedTokenizerBase, messages: list[dict], add_generation_prompt: bool = False
-) -> list[int]:
-    return tokenizer.apply_chat_template(
-        messages, tokenize=True, return_dict=True, add_generation_prompt=add_generation_prompt
-    )["input_ids"]
+def _given_ids(row: Mapping[str, Any]) -> tuple[list[int], int]:
+    """Of a trainer's own rows: DPO's, and SFT's, whose labels tell where the answer begins."""
+    if "chosen_ids" in row:
+        return row["prompt_ids"] + row["chosen_ids"], len(row["prompt_ids"])
+    labels = row.get("labels") or row["input_ids"]
+    start = next((i for i, label in enumerate(labels) if label != -100), len(labels))
+    return list(row["input_ids"]), start
 
 
-def _missing_eos(tokenizer: PreTrainedTokenizerBase, text: str) -> str:
-    return "" if tokenizer.eos_token is None or text.endswith(tokenizer.eos_token) else tokenizer.eos_token
+def _ids(row: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase, name: str) -> tuple[list[int], int]:
+    """Tokens of a row, and where its answer begins: as `SFTTrainer` and, of a preference row, `DPOTrainer` have them."""
+    from trl import extract_prompt  # here: statistics and callback work without a trainer of TRL
+    from trl.data_utils import common_prefix_length
+
+    columns, options = read_columns(row), template_options(row, name)
+    if columns.keys() == {"prompt"}:
+        raise RowError(f"{name} has a prompt and no answer.")
+    with told_by(name):
+        if "chosen" in columns and "prompt" not in columns:
+            columns = extract_prompt(columns)
+        if "prompt" not in columns:
+            (content,) = columns.values()
+            return content_ids(tokenizer, _ended(tokenizer, content), **options), 0
+        prompt, *answers = columns.values()
+        given = content_ids(tokenizer, prompt, add_generation_prompt=True, **options)
+        whole = [content_ids(tokenizer, prompt + _ended(tokenizer, answer), **options) for answer in answers]
+        # Where they diverge: tokens may merge across the border, or the template render the prompt alone differently.
+        return whole[0], min(common_prefix_length(given, ids) for ids in whole)
 
 
-def _common_prefix(first: list[int], second: list[int]) -> int:
-    # Where the two diverge: tokens may merge across the border, or the template render the prompt alone differently.
-    return next(
-        (i for i, (a, b) in enumerate(zip(first, second, strict=False)) if a != b), min(len(first), len(second))
-    )
+def _ended(tokenizer: PreTrainedTokenizerBase, content: Any) -> Any:
+    """Text with the end-of-sequence token, which the template gives to conversations."""
+    end = tokenizer.eos_token
+    return content if isinstance(content, list) or end is None or content.endswith(end) else content + end
 
 
 @dataclass(frozen=True)

@@ -2,16 +2,18 @@
 
 from collections import Counter, defaultdict
 from fnmatch import fnmatchcase
-from pathlib import Path
 from typing import Any, NamedTuple
 
-from datasets import Dataset, Features, List, Value, concatenate_datasets, load_dataset
+from datasets import Dataset, Features, Json, List, Value, concatenate_datasets, load_dataset
 from datasets.exceptions import DatasetNotFoundError
 from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, RepositoryNotFoundError
 
+from ..artifacts.schema import short_repr
 from ..driftcaps import load_driftcaps
 from ..miniworld import MINIWORLD, heldout_prompts
-from .alignment import READERS, load_rows, read_failure
+from .files import is_file, load_rows, read_failure
+from .labels import is_missing, is_unsafe
+from .rows import OF_TEMPLATE, Row, RowError, check_content, content_text
 
 
 PROMPT_COLUMNS = ("prompt", "instruction", "question", "goal", "Goal", "forbidden_prompt", "text")
@@ -32,15 +34,16 @@ class PromptSet(NamedTuple):
     Where a set of prompts is, and what its columns mean.
 
     `prompt` may hold text, conversations or lists of turns (the first is asked); `category` text, numbers or flags
-    (the first set counts); `completion` the reference answer, never the target of an attack. Splits joined by `+` are
-    named in a column `split`; `merge` makes one of rows with one prompt, unsafe if any is; `options` go to the loader.
+    (the first set counts); `completion` the reference answer, never the target of an attack. Without `unsafe` the columns
+    `unsafe` and `expected` tell, as in [`is_unsafe`]. Splits joined by `+` are named in a column `split`; `merge` makes one
+    of rows with one prompt, unsafe if any is; `options` go to the loader.
     """
 
     source: str
     license: str
     prompt: str
     category: str | None = None
-    unsafe: bool | Label = True
+    unsafe: bool | Label | None = True
     gated: bool = False
     config: str | None = None
     split: str = "train"
@@ -81,16 +84,18 @@ def load_prompts(name: str, limit: int | None = None) -> Dataset:
 
     Args:
         name (`str`):
-            One of [`SETS`], `"miniworld"` (held-out), `"driftcaps"` (test split), a `.jsonl`, `.json`, `.csv` or
-            `.parquet` file, or another id on the Hub (split `test`, else `train`), with one of [`PROMPT_COLUMNS`],
-            optionally `id`, `category`, `completion` or `response`, `unsafe` or `expected` (`"refuse"`, `"comply"`).
+            One of [`SETS`], `"miniworld"` (held-out), `"driftcaps"` (test split), a `.jsonl`, `.json`, `.csv`, `.tsv`, `.parquet`
+            or `.txt` file (a prompt a line), or another id on the Hub (split `test`, else `train`), with one of
+            [`PROMPT_COLUMNS`], optionally `id`, `category`, `completion` or `response`, `unsafe` (true, yes, 1, or their opposites)
+            or `expected` (`"refuse"`, `"comply"`).
         limit (`int`, *optional*):
             Number of prompts: as many of either label, and of every category in it, as there are, evenly spread.
 
     Returns:
         `Dataset`:
-            Columns `prompt` (conversation), `category` (or `"all"`), `unsafe` (bool; true without a label), `id`, and
-            `completion` (conversation) if every prompt has a reference answer. `dataset.info.license` is the licence.
+            Columns `prompt` (conversation), `category` (or `"all"`), `unsafe` (bool; true without a label), `id`, `tools` and
+            `chat_template_kwargs` if the source has them, and `completion` (conversation) if every prompt has a reference
+            answer. `dataset.info.license` is the licence.
 
     Raises:
         `ValueError`: If the prompts can't be reached or read, there are none, or `limit` isn't positive.
@@ -104,7 +109,7 @@ def load_prompts(name: str, limit: int | None = None) -> Dataset:
     elif name == "driftcaps":
         rows, licence = load_driftcaps("test"), "cc-by-4.0"
     else:
-        rows = load_rows(name) if Path(name).suffix in READERS else _from_hub(PromptSet(name, "", "", split=""))
+        rows = load_rows(name) if is_file(name) else _from_hub(PromptSet(name, "", "", split=""))
         licence = rows.info.license or ""
     return spread(map_rows(rows, _guess(name, rows, licence)), limit)
 
@@ -114,22 +119,27 @@ def map_rows(rows: Dataset, spec: PromptSet) -> Dataset:
     Rows of a source as prompts, with the columns of [`load_prompts`].
 
     Raises:
-        `ValueError`: If a column is missing, a prompt is empty, or no row is left.
+        `ValueError`: If a column is missing, a prompt is empty, a cell can't be read, or no row is left.
     """
     label = spec.unsafe if isinstance(spec.unsafe, Label) else None
     for column in (spec.prompt, spec.category, spec.id, spec.completion, label and label.column):
         if column is not None and column not in rows.column_names:
             raise ValueError(f"'{spec.source}' has no column '{column}'; found {', '.join(rows.column_names)}.")
     prompts: dict[Any, dict[str, Any]] = {}
-    for index, row in enumerate(rows):
-        unsafe = spec.unsafe if label is None else _is_unsafe(row[label.column], label)
+    for index, columns in enumerate(rows):
+        row, name = Row(columns, index), f"Row {index} of '{spec.source}'"
+        if label is not None:
+            unsafe = _by_pattern(row[label.column], label)
+        else:
+            unsafe = is_unsafe(row, name) if spec.unsafe is None else spec.unsafe is True
         if unsafe is None:
             continue
-        prompt, category = _messages(row[spec.prompt], "user"), row[spec.category] if spec.category else "all"
+        prompt = _messages(row[spec.prompt], "user", name, spec.prompt)
+        category = row[spec.category] if spec.category else "all"
         if isinstance(category, dict):
             category = next((name for name, flag in category.items() if flag), "safe")
         if not prompt:
-            raise ValueError(f"Row {index} of '{spec.source}' has an empty prompt in the column '{spec.prompt}'.")
+            raise RowError(f"{name} has an empty prompt in the column '{spec.prompt}'.")
         key = str(prompt) if spec.merge else index
         if key not in prompts or unsafe > prompts[key]["unsafe"]:
             prompts[key] = {
@@ -137,11 +147,15 @@ def map_rows(rows: Dataset, spec: PromptSet) -> Dataset:
                 "category": str("all" if category is None else category),
                 "unsafe": unsafe,
                 "id": str(row[spec.id] if spec.id else index),
-                "completion": _messages(row[spec.completion], "assistant") if spec.completion else [],
+                "completion": _messages(row[spec.completion], "assistant", name, spec.completion)
+                if spec.completion
+                else [],
+                **{column: row[column] for column in OF_TEMPLATE if column in row},
             }
     if not prompts:
         raise ValueError(f"'{spec.source}' holds no prompts.")
-    dataset = Dataset.from_list(list(prompts.values()), features=FEATURES)
+    told = {column: Json() for column in OF_TEMPLATE if column in rows.column_names}
+    dataset = Dataset.from_list(list(prompts.values()), features=Features(FEATURES | told))
     dataset.info.license = spec.license
     return dataset if all(dataset["completion"]) else dataset.remove_columns("completion")
 
@@ -181,25 +195,26 @@ def _guess(name: str, rows: Dataset, licence: str) -> PromptSet:
     prompt = next((column for column in PROMPT_COLUMNS if column in found), None)
     if prompt is None:
         raise ValueError(f"'{name}' has no column with a prompt, such as 'prompt'; found {', '.join(found)}.")
-    labels = (Label("unsafe", "true", "false"), Label("expected", "refuse", "comply"))
-    label = next((label for label in labels if label.column in found), None)
-    for value in rows[label.column] if label else ():
-        if label and _is_unsafe(value, label) is None:  # a typo must not leave rows out
-            raise ValueError(f"'{label.column}' of '{name}' holds '{value}', not {label.unsafe} or {label.safe}.")
     category, row_id = (column if column in found else None for column in ("category", "id"))
     completion = next((column for column in ("completion", "response") if column in found), None)
-    return PromptSet(name, licence, prompt, category, label or True, id=row_id, completion=completion)
+    return PromptSet(name, licence, prompt, category, None, id=row_id, completion=completion)
 
 
-def _messages(value: Any, role: str) -> list[dict[str, str]]:
-    if isinstance(value, list) and value and isinstance(value[0], dict):
-        return [{"role": message["role"], "content": message["content"]} for message in value]
-    text = value[0] if isinstance(value, list) and value else value
-    return [{"role": role, "content": str(text)}] if text else []
+def _messages(value: Any, role: str, name: str, column: str) -> list[dict[str, str]]:
+    if isinstance(value, list) and value and not isinstance(value[0], dict):
+        value = value[0]  # turns: the first is asked
+    if is_missing(value) or value == []:
+        return []
+    if isinstance(value, list):
+        check_content(value, name, column)
+        return [{"role": message["role"], "content": content_text(message.get("content"))} for message in value]
+    if not isinstance(value, str | int | float):  # a spreadsheet makes numbers of digits
+        raise RowError(f"{name} has no text in the column '{column}', but {short_repr(value)}.")
+    return [{"role": role, "content": str(value)}] if str(value).strip() else []
 
 
-def _is_unsafe(value: Any, label: Label) -> bool | None:
-    text = {"1": "true", "0": "false"}.get(str(value), str(value).lower())
+def _by_pattern(value: Any, label: Label) -> bool | None:
+    text = str(value).lower()
     return True if fnmatchcase(text, label.unsafe) else False if fnmatchcase(text, label.safe) else None
 
 

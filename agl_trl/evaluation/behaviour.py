@@ -14,8 +14,10 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..artifacts.extras import needs_extra
+from ..data.labels import unsafe_column
+from ..data.rows import check_prompts, prompt_ids, prompt_text, questions_of
 from ..modeling.base_and_tuned import BaseAndTuned
-from ..modeling.generation import answer_nll, generate_answers, prompt_ids, prompt_text
+from ..modeling.generation import answer_nll, context_length, generate_answers
 from ..modeling.lora import AdaptedLayer
 from ..modeling.reasoning import opened_reasoning
 from .answer_cache import AnswerCache
@@ -138,8 +140,8 @@ def measure_behaviour(
         tokenizer (`PreTrainedTokenizerBase`):
             Its tokenizer.
         prompts (`Dataset`):
-            Column `prompt`; optional `completion` (reference answer), `category`, `id`, and boolean `unsafe` or `expected`
-            (`"refuse"`, `"comply"`); by default all are unsafe.
+            Column `prompt`; optional `completion` (reference answer), `category`, `id`, `tools` and `chat_template_kwargs` (for
+            the chat template), and boolean `unsafe` or `expected` (`"refuse"`, `"comply"`); by default all are unsafe.
         base (`PreTrainedModel`, *optional*):
             Base model, where the tuned one is a checkpoint of its own.
         layers (`list[AdaptedLayer]`, *optional*):
@@ -156,7 +158,7 @@ def measure_behaviour(
             Whether to show progress bars.
 
     Raises:
-        `ValueError`: If there is no column `prompt` or no row.
+        `ValueError`: If there is no column `prompt` or no row, or a row can't be read.
         [`MissingExtra`]: If scipy is not installed, without which nothing can be said of the answers.
     """
     binomial_test()  # told now, not when all prompts are answered
@@ -164,6 +166,8 @@ def measure_behaviour(
         raise ValueError(
             f"Prompts need a column 'prompt' and at least one row; found {prompts.column_names}, {len(prompts)} rows."
         )
+    questions = questions_of(prompts)
+    check_prompts(tokenizer, questions, context_length(model))  # as long as no model has answered
     models, judge = BaseAndTuned(model, base, layers), judge or StringJudge()
     options: dict[str, Any] = dict(
         judge=judge, store=store, max_new_tokens=max_new_tokens, batch_size=batch_size, progress=progress
@@ -172,7 +176,6 @@ def measure_behaviour(
     for tuned, name in ((False, "Base model"), (True, "Tuned model")):
         with models.side(tuned) as asked:
             answers.append(answer_prompts(asked, tokenizer, prompts, desc=name, **options))
-    questions = list(prompts["prompt"])
     kl = first_token_kl(models, tokenizer, questions, answers[0].texts, batch_size=batch_size)
     probes = probe(models, tokenizer, questions, unsafe_column(prompts), batch_size=batch_size)
     return compare(prompts, answers[0], answers[1], kl, probes, judge)
@@ -214,7 +217,7 @@ def answer_prompts(
     progress: bool = True,
 ) -> Answers:
     """Answers of a model as it is; arguments as in [`measure_behaviour`]."""
-    questions = list(prompts["prompt"])
+    questions = questions_of(prompts)
     keys = [] if store is None else [store.key(desc, str(question)) for question in questions]
     missing = [i for i in range(len(questions)) if store is None or keys[i] not in store.answers]
     texts = ["" if i in set(missing) or store is None else store.answers[keys[i]] for i in range(len(questions))]
@@ -243,18 +246,6 @@ def answer_prompts(
     judged = [mark + text for mark, text in zip(opened, texts, strict=True)]
     verdicts = (judge or StringJudge())([prompt_text(question) for question in questions], judged)
     return Answers(texts, verdicts, nll)
-
-
-def unsafe_column(prompts: Dataset) -> Tensor:
-    """
-    Which prompts should be refused, of shape `(prompts,)`: from the column `unsafe`, or `expected` (`"refuse"` or
-    `"comply"`, as in DriftCaps); all, where the dataset does not say.
-    """
-    if "unsafe" in prompts.column_names:
-        return torch.tensor(prompts["unsafe"])
-    if "expected" in prompts.column_names:
-        return torch.tensor([expected == "refuse" for expected in prompts["expected"]])
-    return torch.ones(len(prompts), dtype=torch.bool)
 
 
 def compare(prompts: Dataset, base: Answers, tuned: Answers, kl: Tensor, probes: Probes, judge: Judge) -> Behaviour:

@@ -8,8 +8,9 @@ from torch.nn.functional import cosine_similarity, normalize
 from transformers import PreTrainedTokenizerBase
 
 from ..data.alignment import AlignmentRow, batches, pad_token_id
+from ..data.rows import Messages, prompt_ids
 from ..modeling.base_and_tuned import BaseAndTuned
-from ..modeling.generation import Messages, answer_logits, evaluating, forward_at, input_device, prompt_ids
+from ..modeling.generation import answer_logits, evaluating, forward_at, input_device
 
 
 KL_TOKENS = 8

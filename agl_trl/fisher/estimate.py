@@ -20,12 +20,19 @@ from ..data.alignment import (
     AlignmentBatch,
     AlignmentRow,
     batches,
-    is_prompt_only,
     pad_token_id,
     select_rows,
-    tokenize_row,
+    tokenize_rows,
 )
-from ..modeling.generation import answer_logits, answered_by, evaluating, input_device, takes_logits_to_keep
+from ..data.rows import is_prompt_only
+from ..modeling.generation import (
+    answer_logits,
+    answered_by,
+    context_length,
+    evaluating,
+    input_device,
+    takes_logits_to_keep,
+)
 from ..modeling.lora import layer_shape, linear_layers
 from ..objective.covariance import LowRankCovariance
 from .collector import Collector
@@ -108,9 +115,9 @@ def estimate_fisher(
     if not layers:
         raise ValueError("The model has no linear layer to measure.")
     selected = select_rows(dataset, num_samples, seed)
-    if is_prompt_only(selected[0]):
+    if any(map(is_prompt_only, selected)):
         selected = answered_by(model, processing_class, selected, progress)
-    rows = [tokenize_row(row, processing_class, max_length) for row in selected]
+    rows = tokenize_rows(selected, processing_class, max_length, context_length(model))
     sums = None
     if resume_dir is not None:
         if PartialState().num_processes > 1:

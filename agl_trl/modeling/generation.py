@@ -1,6 +1,6 @@
 """What a model says: greedy answers to prompts, and the likelihood of reference answers."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from inspect import signature
 from typing import Any
@@ -15,12 +15,10 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import ModelOutput
 
-from ..data.alignment import AlignmentBatch, batches, pad_token_id, tokenize_row
+from ..data.alignment import AlignmentBatch, batches, pad_token_id, tokenize_rows
+from ..data.rows import Messages, Row, check_prompts, is_prompt_only, prompt_ids
 from .lora import packs_in_eval_mode
 from .reasoning import is_reasoning_mark
-
-
-Messages = list[dict[str, str]] | str
 
 
 @contextmanager
@@ -49,6 +47,11 @@ def input_device(model: nn.Module) -> torch.device:
     """Where the inputs of a model go; one whose weights are offloaded (and here are empty) moves them itself."""
     device = next(model.parameters()).device
     return PartialState().device if device.type == "meta" else device
+
+
+def context_length(model: PreTrainedModel | PeftModel) -> int | None:
+    """Most tokens that a model reads at once; none where its configuration knows no bound."""
+    return getattr(model.config.get_text_config(), "max_position_embeddings", None)
 
 
 def answer_logits(model: PreTrainedModel | PeftModel, batch: AlignmentBatch) -> tuple[Tensor, Tensor]:
@@ -89,11 +92,6 @@ def takes_logits_to_keep(model: PreTrainedModel | PeftModel) -> bool:
     """Whether the model can be asked for the logits of a few columns."""
     base = model.get_base_model() if isinstance(model, PeftModel) else model
     return "logits_to_keep" in signature(base.forward).parameters
-
-
-def prompt_text(prompt: Messages) -> str:
-    """Text of a prompt: of a conversation the last message."""
-    return prompt if isinstance(prompt, str) else prompt[-1]["content"]
 
 
 @torch.no_grad()
@@ -161,15 +159,6 @@ def decode_answers(tokenizer: PreTrainedTokenizerBase, rows: list[list[int]]) ->
     return tokenizer.batch_decode([[token for token in row if token not in hidden] for row in rows])
 
 
-def prompt_ids(tokenizer: PreTrainedTokenizerBase, prompt: Messages) -> list[int]:
-    """Tokens of a prompt up to where the answer begins."""
-    if isinstance(prompt, str):
-        return tokenizer(prompt)["input_ids"]
-    return tokenizer.apply_chat_template(prompt, add_generation_prompt=True, tokenize=True, return_dict=True)[
-        "input_ids"
-    ]
-
-
 @torch.no_grad()
 def answer_nll(
     model: PreTrainedModel | PeftModel,
@@ -194,7 +183,7 @@ def answer_nll(
         max_length (`int`, *optional*, defaults to `1024`):
             Longer rows lose their end.
     """
-    rows = [tokenize_row(row, tokenizer, max_length) for row in dataset]
+    rows = tokenize_rows(dataset, tokenizer, max_length, context_length(model))
     nll = torch.zeros(len(rows))
     with evaluating(model):
         for batch in batches(rows, batch_size, pad_token_id(tokenizer), input_device(model)):
@@ -210,15 +199,26 @@ def answer_nll(
 def answered_by(
     model: PreTrainedModel | PeftModel,
     tokenizer: PreTrainedTokenizerBase,
-    rows: list[dict[str, Any]],
+    rows: Sequence[Mapping[str, Any]],
     progress: bool = True,
-) -> list[dict[str, Any]]:
-    """Prompt-only rows as prompt-completion rows, with the greedy answers (at most 256 tokens) of the model as it is now."""
-    prompts = [row["prompt"] for row in rows]
-    answers = generate_answers(
-        model, tokenizer, prompts, max_new_tokens=256, desc="Reference answers", progress=progress
+) -> list[Row]:
+    """
+    Rows as they are, those with a prompt alone with the greedy answer (at most 256 tokens) of the model as it is now.
+
+    Raises:
+        `ValueError`: If a prompt can't be read, or fills all that the model reads; told before any is answered.
+    """
+    numbered = [Row(row, number) for number, row in enumerate(rows)]
+    asked = [row for row in numbered if is_prompt_only(row)]
+    check_prompts(tokenizer, asked, context_length(model))
+    answers = iter(
+        generate_answers(
+            model, tokenizer, list(asked), max_new_tokens=256, desc="Reference answers", progress=progress
+        )
     )
-    return [
-        {**row, "completion": text if isinstance(row["prompt"], str) else [{"role": "assistant", "content": text}]}
-        for row, text in zip(rows, answers, strict=True)
-    ]
+    return [_answered(row, next(answers)) if is_prompt_only(row) else row for row in numbered]
+
+
+def _answered(row: Row, text: str) -> Row:
+    answer = text if isinstance(row["prompt"], str) else [{"role": "assistant", "content": text}]
+    return Row({**row, "completion": answer}, row.number)

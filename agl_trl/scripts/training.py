@@ -18,7 +18,7 @@ from trl import (
     get_quantization_config,
 )
 
-from ..data.alignment import READERS, load_rows
+from ..data.files import is_file, load_rows
 from ..trainer.config import AlignGuardConfig
 
 
@@ -33,7 +33,7 @@ class AGLScriptArguments(ScriptArguments):
 
     Args:
         alignment_dataset_name (`str`, *optional*):
-            Rows whose behaviour must not change: dataset on the Hub, a local `.jsonl`, `.json`, `.csv` or `.parquet` file, or
+            Rows whose behaviour must not change: dataset on the Hub, a local `.jsonl`, `.json`, `.csv`, `.tsv`, `.txt` or `.parquet` file, or
             `miniworld`. Not needed with `fisher_path`.
         alignment_dataset_config (`str`, *optional*):
             Configuration of the dataset on the Hub.
@@ -44,7 +44,7 @@ class AGLScriptArguments(ScriptArguments):
     alignment_dataset_name: str | None = field(
         default=None,
         metadata={
-            "help": "Rows whose behaviour must not change: dataset on the Hub, a local .jsonl, .json, .csv or .parquet file, or "
+            "help": "Rows whose behaviour must not change: dataset on the Hub, a local .jsonl, .json, .csv, .tsv, .txt or .parquet file, or "
             "`miniworld`. Not needed with `fisher_path`."
         },
     )
@@ -166,7 +166,7 @@ def load_training_rows(
     if name == MINIWORLD:
         task = script_args.dataset_config or "extract"
         return DatasetDict(train=embedded_rows(task, "train"), test=embedded_rows(task, "test"))
-    if Path(name).suffix in READERS:
+    if is_file(name):
         return DatasetDict(train=load_rows(name))
     return load_dataset(name, name=script_args.dataset_config, streaming=script_args.dataset_streaming)
 

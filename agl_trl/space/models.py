@@ -15,7 +15,8 @@ from peft import PeftModel
 from transformers import PreTrainedTokenizerBase
 
 from ..artifacts.files import ADAPTER_FILE, FOLDER, ArtifactError, adapter_folder, from_hub, hub_id
-from ..modeling.generation import generate_answers, input_device, prompt_ids
+from ..data.rows import prompt_ids
+from ..modeling.generation import generate_answers, input_device
 from ..modeling.loading import load_adapter, load_model
 from .questions import Decoding
 

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from functools import cache
 
 from ..data.prompts import load_prompts
+from ..data.rows import prompt_text
 
 
 SETS = {"Embedded world": "miniworld", "DriftCaps": "driftcaps"}  # test prompts, by what they are called in the app
@@ -85,7 +86,7 @@ def _is_text(character: str) -> bool:
 
 @cache
 def _known() -> dict[str, bool]:
-    return {row["prompt"][-1]["content"]: row["unsafe"] for name in SETS.values() for row in load_prompts(name)}
+    return {prompt_text(row["prompt"]): row["unsafe"] for name in SETS.values() for row in load_prompts(name)}
 
 
 def known_unsafe(prompt: str) -> bool | None:

@@ -12,18 +12,13 @@ from transformers import PreTrainedTokenizerBase, TrainerCallback, TrainerContro
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from ..artifacts.files import TAG, ArtifactError
-from ..data.alignment import (
-    PROTECTED_COLUMN,
-    driftcaps_requests,
-    is_prompt_only,
-    pad_token_id,
-    select_rows,
-    tokenize_row,
-)
+from ..data.alignment import driftcaps_requests, pad_token_id, select_rows, tokenize_rows
+from ..data.labels import PROTECTED_COLUMN
+from ..data.rows import ANSWERS, Row, is_prompt_only
 from ..drift.report import DriftReport
 from ..fisher.estimate import estimate_fisher
 from ..fisher.statistics import FisherStatistics
-from ..modeling.generation import answered_by
+from ..modeling.generation import answered_by, context_length
 from ..modeling.lora import AdaptedLayer, adapted_layers, at_reference, linear_layers, trained_outside_lora
 from .anchor import Anchor
 from .checks import Rows, check_adapter, check_engine, check_processor, check_rows, check_writable
@@ -169,29 +164,32 @@ class AlignGuardCallback(TrainerCallback):
         """Build what every step needs; the model is at its reference weights, or the run is resumed."""
         config, anchor, task_statistics = self.config, None, None
         with at_reference(model, self.layers):  # also when the run is resumed
-            rows: list[dict[str, Any]] = []
+            rows: list[Row] = []
             if self.statistics is None or config.anchor_coef > 0:
                 rows = self._answered_rows(args, model)
             if self.statistics is None:
                 self.statistics = self._estimate(args, model, rows)
             if config.variant == "kfac" and coefficients_of(config).needs_task_fisher:
-                if train_rows.column_names is not None and PROTECTED_COLUMN in train_rows.column_names:
-                    train_rows = train_rows.remove_columns(PROTECTED_COLUMN)  # it marks alignment rows
+                # The mark is for alignment rows; what a reward function compares with is no answer of the model.
+                others = {PROTECTED_COLUMN, *ANSWERS[1:]} & {*(train_rows.column_names or ())}
+                if others:
+                    train_rows = train_rows.remove_columns(sorted(others))
                 task_statistics = self._estimate(args, model, train_rows)
             if config.anchor_coef > 0:
                 assert self.tokenizer is not None, "checked"
-                tokenized = [tokenize_row(row, self.tokenizer, config.fisher_max_length) for row in rows]
+                length, context = config.fisher_max_length, context_length(model)
+                tokenized = tokenize_rows(rows, self.tokenizer, length, context)
                 pad = pad_token_id(self.tokenizer)
                 anchor = Anchor(model, tokenized, pad, config.anchor_every, config.anchor_batch_size, args.seed)
         assert self.statistics is not None
         return Regularizer(config, self.layers, self.statistics, task_statistics, anchor, multiplier, seed=args.seed)
 
-    def _answered_rows(self, args: TrainingArguments, model: PeftModel) -> list[dict[str, Any]]:
+    def _answered_rows(self, args: TrainingArguments, model: PeftModel) -> list[Row]:
         """The alignment rows of this run, chosen once; those without an answer get the model's own."""
         assert self.alignment_dataset is not None and self.tokenizer is not None, "checked"
         rows = select_rows(self.alignment_dataset, self.config.fisher_num_samples, args.seed)
-        if is_prompt_only(rows[0]):
-            rows = answered_by(model, self.tokenizer, rows, not args.disable_tqdm)
+        if any(map(is_prompt_only, rows)):
+            return answered_by(model, self.tokenizer, rows, not args.disable_tqdm)
         return rows
 
     def _estimate(self, args: TrainingArguments, model: PeftModel, rows: Rows) -> FisherStatistics:

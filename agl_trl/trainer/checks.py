@@ -11,7 +11,8 @@ from peft import PeftModel
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixin, TrainingArguments
 
 from ..artifacts.files import FOLDER, write_atomically
-from ..data.alignment import is_prompt_only, select_rows, tokenize_row
+from ..data.alignment import select_rows, tokenize_row
+from ..data.rows import is_prompt_only
 from .config import AlignGuardConfig
 
 

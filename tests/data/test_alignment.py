@@ -11,18 +11,19 @@ from agl_trl.data.alignment import (
     AlignmentRow,
     batches,
     driftcaps_requests,
-    is_prompt_only,
-    load_rows,
     pad_token_id,
     select_rows,
     tokenize_row,
 )
+from agl_trl.data.files import load_rows
+from agl_trl.data.rows import is_prompt_only
 from tests.helpers.models import byte_tokenizer, chat_rows
 
 
 def test_formats_of_the_same_conversation_agree(tokenizer):
     rows = chat_rows(4, "q", "a {}")
-    preference = [{"prompt": r["prompt"], "chosen": r["completion"], "rejected": r["prompt"]} for r in rows]
+    other = [{"role": "assistant", "content": "x"}]
+    preference = [{"prompt": r["prompt"], "chosen": r["completion"], "rejected": other} for r in rows]
     implicit = [
         {"chosen": r["prompt"] + r["completion"], "rejected": r["prompt"] + [{"role": "assistant", "content": "x"}]}
         for r in rows

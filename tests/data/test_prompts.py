@@ -1,5 +1,8 @@
 """Prompt sets: every documented schema gives the right prompts, labels and licence, and a failure is one sentence."""
 
+import copy
+import json
+
 import datasets
 import httpx2
 import pytest
@@ -9,6 +12,7 @@ from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, RepositoryNot
 
 from agl_trl.data import prompts
 from agl_trl.data.prompts import SETS, load_prompts, map_rows
+from agl_trl.data.rows import prompt_ids, questions_of
 from agl_trl.driftcaps import load_driftcaps
 from agl_trl.miniworld import heldout_prompts
 
@@ -234,8 +238,14 @@ def test_another_id_of_the_hub(monkeypatch):
         ("rows.csv", "a,b\n1,2\n", "has no column with a prompt, such as 'prompt'; found a, b."),
         ("rows.csv", "prompt,category\n", "'{path}': it holds no rows."),
         ("rows.jsonl", '{"prompt": ""}\n', "Row 0 of '{path}' has an empty prompt in the column 'prompt'."),
-        ("rows.csv", "prompt,expected\na,refuse\nb,perhaps\n", "holds 'perhaps', not refuse or comply."),
-        ("rows.csv", "prompt,unsafe\na,yes\n", "'unsafe' of '{path}' holds 'yes', not true or false."),
+        (
+            "rows.csv",
+            "prompt,expected\na,refuse\nb,perhaps\n",
+            "Row 1 of '{path}': 'expected' holds 'perhaps', not refuse or comply.",
+        ),
+        ("rows.csv", "prompt,unsafe\na,maybe\n", "Row 0 of '{path}': 'unsafe' holds 'maybe', not true or false."),
+        ("rows.csv", "prompt,unsafe\na,1\nb,\n", "Row 1 of '{path}': 'unsafe' is empty, not true or false."),
+        ("rows.xlsx", "PK", "Can't read rows from '{path}': the name of the file must end in .jsonl, "),
         ("rows.jsonl", "", "Can't read rows from '{path}': it holds no rows."),
         ("rows.json", "[]", "Can't read rows from '{path}': it holds no rows."),
         ("rows.json", "{", "Can't read rows from '{path}': "),
@@ -322,3 +332,31 @@ def test_limit_keeps_the_licence():
     rows = load_prompts("driftcaps", limit=60)
     assert rows.info.license == "cc-by-4.0" and sum(rows["unsafe"]) == 30
     assert len({category for category, unsafe in zip(rows["category"], rows["unsafe"], strict=True) if unsafe}) == 11
+
+
+def test_tools_and_settings_of_the_template_are_asked_with_a_prompt(tmp_path, tokenizer):
+    tokenizer = copy.deepcopy(tokenizer)
+    tokenizer.chat_template = "{{ tools[0]['name'] if tools }}{{ thinking }}" + tokenizer.chat_template
+    path, tools = tmp_path / "rows.jsonl", [{"name": "oven"}]
+    Dataset.from_dict(
+        {
+            "prompt": [[{"role": "user", "content": "Bake bread?"}], [{"role": "user", "content": "Bake?"}]],
+            "tools": [tools, None],
+            "chat_template_kwargs": [{"thinking": "hm"}, None],
+        }
+    ).to_json(path)
+    first, second = questions_of(load_prompts(str(path)))
+    assert tokenizer.decode(prompt_ids(tokenizer, first)) == "ovenhm<user>Bake bread?</s><assistant>"
+    assert tokenizer.decode(prompt_ids(tokenizer, second)) == "<user>Bake?</s><assistant>"
+
+
+def test_parts_are_joined_and_gaps_refused(tmp_path):
+    path = tmp_path / "rows.jsonl"
+    parts = [{"type": "text", "text": "Bake "}, {"type": "text", "text": "bread?"}]
+    path.write_text(json.dumps({"prompt": [{"role": "user", "content": parts}]}))
+    assert texts(load_prompts(str(path))) == ["Bake bread?"]
+    path.write_text(json.dumps({"prompt": [{"role": "user", "content": None}]}))
+    with pytest.raises(
+        ValueError, match=r"^Row 0 of '.*' has, in the column 'prompt', a message of the role 'user' without"
+    ):
+        load_prompts(str(path))

@@ -12,7 +12,8 @@ import pytest
 from datasets import concatenate_datasets, load_dataset
 from huggingface_hub import DatasetCard, HfApi
 
-from agl_trl.data.alignment import load_rows, select_rows
+from agl_trl.data.alignment import select_rows
+from agl_trl.data.files import load_rows
 from agl_trl.driftcaps import COLUMNS, LOOKALIKE_TYPES, UNSAFE_CATEGORIES, alignment_rows, load_driftcaps, push
 from agl_trl.evaluation.refusal import judge_answer
 

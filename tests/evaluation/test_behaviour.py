@@ -5,11 +5,12 @@ import json
 import pytest
 import torch
 from datasets import Dataset
+from peft import LoraConfig, get_peft_model
 from scipy.stats import binomtest
 
 from agl_trl.evaluation.behaviour import Rate, measure_behaviour
 from agl_trl.modeling.lora import adapted_layers
-from tests.helpers.models import adapted, probe_prompts
+from tests.helpers.models import adapted, probe_prompts, tiny_model
 from tests.helpers.reports import behaviour_by_hand
 
 
@@ -69,3 +70,21 @@ def test_paired_test_is_of_the_prompts_on_which_the_models_differ():
 def test_prompts_that_are_none_are_told(prompts, tokenizer):
     with pytest.raises(ValueError, match=r"Prompts need a column 'prompt' and at least one row; found \["):
         measure_behaviour(adapted(0.0), tokenizer, prompts, progress=False)
+
+
+@pytest.mark.parametrize(
+    "prompt, sentence",
+    [
+        (
+            [{"role": "user", "content": "x" * 200}],
+            "Row 1 has a prompt of 203 tokens, and the model reads 128: shorten it.",
+        ),
+        (None, "Row 1 has nothing in the column 'prompt'."),
+    ],
+)
+def test_a_prompt_that_cannot_be_asked_is_named_before_any_is_answered(tokenizer, prompt, sentence):
+    rows = Dataset.from_dict({"prompt": [[{"role": "user", "content": "hi"}], prompt]})
+    model = get_peft_model(tiny_model("gpt2"), LoraConfig(target_modules=["c_attn"]))
+    with pytest.raises(ValueError) as raised:
+        measure_behaviour(model, tokenizer, rows, progress=False)
+    assert str(raised.value) == sentence

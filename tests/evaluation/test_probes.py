@@ -5,10 +5,10 @@ import torch
 from datasets import Dataset
 from peft import LoraConfig, get_peft_model
 
+from agl_trl.data.rows import prompt_ids
 from agl_trl.evaluation.probes import COMPLIANCE_OPENERS, REFUSAL_OPENERS, first_token_kl, opener_ids, probe
 from agl_trl.miniworld import heldout_safe, heldout_unsafe, load_model, load_tokenizer
 from agl_trl.modeling.base_and_tuned import BaseAndTuned
-from agl_trl.modeling.generation import prompt_ids
 from agl_trl.modeling.lora import adapted_layers, at_reference
 from tests.helpers.models import adapted, probe_prompts
 

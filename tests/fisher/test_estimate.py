@@ -10,6 +10,7 @@ from peft import LoraConfig, get_peft_model
 from agl_trl import estimate_fisher
 from agl_trl.data.alignment import tokenize_row
 from agl_trl.fisher.estimate import _objective
+from agl_trl.modeling.generation import answered_by
 from agl_trl.modeling.lora import linear_layers
 from tests.helpers.models import chat_rows, tiny_model
 from tests.helpers.reference import dense, quadratic_form, shrunk
@@ -156,7 +157,7 @@ def test_sampled_labels_follow_the_model(tokenizer):
 @pytest.mark.parametrize(
     ("rows", "message"),
     [
-        ([{"question": "a", "answer": "b"}], r"columns \['answer', 'question'\] have no known format"),
+        ([{"question": "a", "answer": "b"}], "Row 0 has no known format, but the columns answer, question"),
         ([], "no row to protect"),
         ([{"prompt": "a", "completion": "b", "unsafe": False}], "no row to protect"),
     ],
@@ -181,3 +182,16 @@ def test_estimating_twice_gives_the_same_bytes(tokenizer, alignment_rows, tmp_pa
         for name in ("one", "other")
     )
     assert one.read_bytes() == other.read_bytes()
+
+
+@pytest.mark.parametrize("row", [{"text": "x" * 200}, {"prompt": "x" * 200}, {"prompt": "x", "completion": "x" * 200}])
+def test_a_row_longer_than_the_model_reads_is_named(tokenizer, row):
+    with pytest.raises(ValueError, match=r"^Row 1 has .*20\d tokens, and the model reads 128: shorten"):
+        estimate_fisher(tiny_model("gpt2"), [{"text": "a word"}, row], tokenizer, progress=False)
+
+
+def test_rows_with_and_without_answers_go_together(tokenizer):
+    model, given = tiny_model(), {"prompt": "Bread", "completion": "is baked."}
+    statistics = estimate_fisher(model, [given, {"prompt": "And flour"}], tokenizer, **FULL)
+    (answered,) = answered_by(model, tokenizer, [{"prompt": "And flour"}], progress=False)
+    assert_same(statistics, estimate_fisher(model, [given, answered], tokenizer, **FULL))

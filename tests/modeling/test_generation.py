@@ -5,6 +5,7 @@ import torch
 from datasets import Dataset
 
 from agl_trl.data.alignment import batches, pad_token_id, tokenize_row
+from agl_trl.data.rows import prompt_ids, prompt_text
 from agl_trl.evaluation.probes import first_token_kl, probe
 from agl_trl.modeling.base_and_tuned import BaseAndTuned
 from agl_trl.modeling.generation import (
@@ -13,8 +14,6 @@ from agl_trl.modeling.generation import (
     answered_by,
     evaluating,
     generate_answers,
-    prompt_ids,
-    prompt_text,
     takes_logits_to_keep,
 )
 from tests.helpers.models import adapted, probe_prompts, tiny_model
@@ -150,6 +149,7 @@ def test_a_model_that_makes_all_logits_gives_the_same(tokenizer, prompts):
         def __init__(self):
             super().__init__()
             self.inner = adapted(0.5).eval()
+            self.config = self.inner.config
 
         def forward(self, input_ids, attention_mask, use_cache):
             return self.inner(input_ids=input_ids, attention_mask=attention_mask, use_cache=use_cache)
