@@ -15,7 +15,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..artifacts.extras import needs_extra
 from ..modeling.base_and_tuned import BaseAndTuned
-from ..modeling.generation import answer_nll, generate_answers, prompt_text
+from ..modeling.generation import answer_nll, end_tokens, generate_answers, prompt_text
 from ..modeling.lora import AdaptedLayer
 from .answer_cache import AnswerCache
 from .judges import Judge, StringJudge
@@ -164,7 +164,12 @@ def measure_behaviour(
         )
     models, judge = BaseAndTuned(model, base, layers), judge or StringJudge()
     options: dict[str, Any] = dict(
-        judge=judge, store=store, max_new_tokens=max_new_tokens, batch_size=batch_size, progress=progress
+        judge=judge,
+        store=store,
+        max_new_tokens=max_new_tokens,
+        batch_size=batch_size,
+        progress=progress,
+        end_token_ids=end_tokens(tokenizer, model, *([] if base is None else [base])),
     )
     answers = []
     for tuned, name in ((False, "Base model"), (True, "Tuned model")):
@@ -187,11 +192,14 @@ class Answers(NamedTuple):
             What the judge says of them.
         nll (`Tensor`):
             Negative log-likelihood per token of the reference answers, of shape `(prompts,)`, NaN where there is none.
+        decoding (`str`):
+            How the answers were made.
     """
 
     texts: list[str]
     verdicts: list[Verdict]
     nll: Tensor
+    decoding: str
 
     @property
     def refused(self) -> Tensor:
@@ -208,12 +216,18 @@ def answer_prompts(
     store: AnswerCache | None = None,
     max_new_tokens: int = 64,
     batch_size: int = 32,
+    end_token_ids: list[int] | None = None,
     desc: str = "Tuned model",
     progress: bool = True,
 ) -> Answers:
-    """Answers of a model as it is; arguments as in [`measure_behaviour`]."""
+    """Answers of a model as it is; arguments as in [`measure_behaviour`] and [`generate_answers`]."""
     questions = list(prompts["prompt"])
-    keys = [] if store is None else [store.key(desc, str(question)) for question in questions]
+    ends = end_tokens(tokenizer, model) if end_token_ids is None else end_token_ids
+    decoding = (
+        f"greedy, generation configs set aside, at most {max_new_tokens} tokens, "
+        f"{'until token ' + ' or '.join(map(str, ends)) if ends else 'without an end token'}"
+    )
+    keys = [] if store is None else [store.key(f"{desc}, {decoding}", str(question)) for question in questions]
     missing = [i for i in range(len(questions)) if store is None or keys[i] not in store.answers]
     texts = ["" if i in set(missing) or store is None else store.answers[keys[i]] for i in range(len(questions))]
 
@@ -229,6 +243,7 @@ def answer_prompts(
         [questions[i] for i in missing],
         max_new_tokens=max_new_tokens,
         batch_size=batch_size,
+        end_token_ids=ends,
         desc=desc,
         progress=progress,
         on_batch=keep,
@@ -237,7 +252,7 @@ def answer_prompts(
     if "completion" in prompts.column_names:
         nll = answer_nll(model, tokenizer, prompts, batch_size=batch_size)
     verdicts = (judge or StringJudge())([prompt_text(question) for question in questions], texts)
-    return Answers(texts, verdicts, nll)
+    return Answers(texts, verdicts, nll, decoding)
 
 
 def unsafe_column(prompts: Dataset) -> Tensor:
@@ -287,7 +302,7 @@ def compare(prompts: Dataset, base: Answers, tuned: Answers, kl: Tensor, probes:
         **probes._asdict(),
         metadata={
             "judge": {"name": judge_name, "version": judge.version},
-            "decoding": "greedy",
+            "decoding": tuned.decoding,
             "kl_tokens": KL_TOKENS,
             "prompts_sha256": hashlib.sha256(json.dumps([ids, questions]).encode()).hexdigest(),
         },

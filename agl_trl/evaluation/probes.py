@@ -151,7 +151,7 @@ def first_token_kl(
     for prompt, answer in zip(prompts, answers, strict=True):
         question = prompt_ids(tokenizer, prompt)
         answer_ids = tokenizer(answer, add_special_tokens=False)["input_ids"][:KL_TOKENS]
-        rows.append(AlignmentRow(question + (answer_ids or [tokenizer.eos_token_id]), len(question)))
+        rows.append(AlignmentRow(question + (answer_ids or [pad_token_id(tokenizer)]), len(question)))
     kl = torch.zeros(len(rows))
     for batch in batches(rows, batch_size, pad_token_id(tokenizer), input_device(models.tuned)):
         sides = []
