@@ -162,6 +162,8 @@ def measure_behaviour(
         raise ValueError(
             f"Prompts need a column 'prompt' and at least one row; found {prompts.column_names}, {len(prompts)} rows."
         )
+    if base is not None:
+        check_vocabulary(base, model, tokenizer)
     models, judge = BaseAndTuned(model, base, layers), judge or StringJudge()
     options: dict[str, Any] = dict(
         judge=judge,
@@ -179,6 +181,21 @@ def measure_behaviour(
     kl = first_token_kl(models, tokenizer, questions, answers[0].texts, batch_size=batch_size)
     probes = probe(models, tokenizer, questions, unsafe_column(prompts), batch_size=batch_size)
     return compare(prompts, answers[0], answers[1], kl, probes, judge)
+
+
+def check_vocabulary(base: PreTrainedModel, tuned: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
+    """
+    Check that two checkpoints can be asked with one tokenizer.
+
+    Raises:
+        `ValueError`: If the tuned one has dropped tokens that the tokenizer makes.
+    """
+    sizes = [model.get_input_embeddings().weight.shape[0] for model in (base, tuned)]
+    if sizes[1] < min(sizes[0], len(tokenizer)):
+        raise ValueError(
+            f"The tuned model knows {sizes[1]} tokens, the base model {sizes[0]}, and its tokenizer makes {len(tokenizer)}: "
+            "it can't be asked the same prompts."
+        )
 
 
 class Answers(NamedTuple):

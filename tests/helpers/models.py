@@ -29,6 +29,10 @@ ARCHITECTURES = {
     "gemma3_text": (SMALL | dict(head_dim=8), "all-linear"),  # tied embeddings
     "gpt2": (dict(n_embd=32, n_layer=2, n_head=4, n_positions=128), ["c_attn", "c_proj", "c_fc"]),  # Conv1D
     "gpt_neox": (SMALL, "all-linear"),  # fused query_key_value
+    "opt": (  # its embeddings and logits are of another size than its layers, as OPT-350m's
+        dict(hidden_size=32, ffn_dim=48, num_hidden_layers=2, num_attention_heads=4, word_embed_proj_dim=16),
+        "all-linear",
+    ),
 }
 
 
