@@ -217,13 +217,6 @@ def test_bad_rows_get_one_sentence(rows, message, tokenizer):
         estimate_fisher(tiny_model(), rows, tokenizer, progress=False)
 
 
-def test_layer_without_tokens_is_named(tokenizer, alignment_rows):
-    model = tiny_model()
-    model.model.layers[1].unused = torch.nn.Linear(32, 32)
-    with pytest.raises(ValueError, match=r"'model\.layers\.1\.unused' saw no tokens"):
-        estimate_fisher(model, alignment_rows, tokenizer, progress=False)
-
-
 def test_iterable_dataset_gives_its_first_rows(tokenizer, alignment_rows):
     assert_same(
         estimate_fisher(tiny_model(), alignment_rows.to_iterable_dataset(), tokenizer, num_samples=5, **FULL),
