@@ -4,7 +4,6 @@ import re
 from typing import Any
 
 import torch
-from pydantic import Field
 from torch import Tensor
 
 from ..artifacts.files import ArtifactError
@@ -20,6 +19,7 @@ from ..artifacts.schema import (
     check_tensor_names,
     short_repr,
 )
+from ..objective.alignguard import TaskMetric, TaskSubspace
 
 
 SHA256 = re.compile(r"[0-9a-f]{64}")
@@ -47,6 +47,14 @@ class JudgeUsed(Metadata):
     version: str
 
 
+class PromptsUsed(Metadata):
+    """The prompts behind the answers."""
+
+    name: str | None = None
+    license: str | None = None
+    count: Integer = 0
+
+
 class BehaviourMetadata(Metadata):
     """How the answers were made and judged."""
 
@@ -55,7 +63,36 @@ class BehaviourMetadata(Metadata):
     decoding: str = ""
     kl_tokens: Integer = 0
     prompts_sha256: str = ""
-    prompts: dict[str, Any] = Field(default_factory=dict)
+    prompts: PromptsUsed | None = None
+
+
+class CoefficientsUsed(Metadata):
+    """What was switched on in the run; early reports lack some of it."""
+
+    __pydantic_extra__: dict[str, Integer | Number | str | bool | None]
+    variant: str = "kfac"
+    alignment: Number = 0.0
+    task: Number = 0.0
+    task_metric: TaskMetric = "rest"
+    task_subspace: TaskSubspace = "complement"
+    collision: Number = 0.0
+    alpha: Number = 0.0
+    beta: Number = 0.0
+    threshold: Number = 0.0
+    width: Number = 0.0
+    rows: Integer | None = None
+    fisher_energy: Number = 0.9
+    drift_budget: Number | None = None
+    anchor_coef: Number = 0.0
+    anchor_every: Integer = 0
+
+
+class ProjectionUsed(Metadata):
+    """How an update was shrunk after training."""
+
+    budget: Number
+    drift_before: Number
+    strength: Number = 0.0
 
 
 class DriftMetadata(Metadata):
@@ -69,9 +106,9 @@ class DriftMetadata(Metadata):
     base_model: BaseModelDescription | None = None
     fisher_energy: Number = 0.9
     fisher: FisherUsed | None = None
-    coefficients: dict[str, Integer | Number | str | bool | None] = Field(default_factory=dict)
+    coefficients: CoefficientsUsed | None = None
     continued: bool = False
-    projected: dict[str, Any] = Field(default_factory=dict)
+    projected: ProjectionUsed | None = None
     behaviour: BehaviourMetadata | None = None
 
 
