@@ -19,6 +19,7 @@ from ..modeling.loading import load_model
 
 
 MAX_LENGTH = 1024
+SHOWN_LAYERS = 4
 MODEL_FILES = ("config.json", "adapter_config.json")
 
 
@@ -112,6 +113,9 @@ def fisher(
         resume_dir=output_dir,
     )
     statistics.metadata["dataset"] = dataset_id(dataset)
+    if skipped := statistics.metadata["skipped_layers"]:
+        shown = ", ".join(skipped[:SHOWN_LAYERS]) + (", ..." if len(skipped) > SHOWN_LAYERS else "")
+        typer.echo(f"Left out, because they do not see every token of a text: {len(skipped)} layers ({shown})")
     path = statistics.save_pretrained(output_dir)
     typer.echo(
         f"{path}: {len(statistics.input_of)} layers, {len(statistics.inputs)} shared inputs, {statistics.num_tokens} tokens, "

@@ -92,8 +92,9 @@ def _sample(chosen: Sequence[int], num_samples: int | None, seed: int) -> Sequen
 
 
 def pad_token_id(tokenizer: PreTrainedTokenizerBase) -> int:
-    """Padding token; of a tokenizer without one the end-of-sequence token, which the attention mask hides."""
-    return tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
+    """Padding token; of a tokenizer without one the end-of-sequence token, or any: the attention mask hides it."""
+    found = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
+    return 0 if found is None else found
 
 
 def tokenize_rows(

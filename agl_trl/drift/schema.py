@@ -20,6 +20,7 @@ from ..artifacts.schema import (
     check_tensor_names,
     short_repr,
 )
+from ..objective.alignguard import TaskMetric, TaskSubspace
 
 
 SHA256 = re.compile(r"[0-9a-f]{64}")
@@ -62,6 +63,14 @@ class VerdictCounts(Metadata):
     tuned: SideCounts
 
 
+class PromptsUsed(Metadata):
+    """The prompts behind the answers."""
+
+    name: str | None = None
+    license: str | None = None
+    count: Integer = 0
+
+
 class BehaviourMetadata(Metadata):
     """How the answers were made and judged."""
 
@@ -71,7 +80,36 @@ class BehaviourMetadata(Metadata):
     decoding: str = ""
     kl_tokens: Integer = 0
     prompts_sha256: str = ""
-    prompts: dict[str, Any] = Field(default_factory=dict)
+    prompts: PromptsUsed | None = None
+
+
+class CoefficientsUsed(Metadata):
+    """What was switched on in the run; early reports lack some of it."""
+
+    __pydantic_extra__: dict[str, Integer | Number | str | bool | None]
+    variant: str = "kfac"
+    alignment: Number = 0.0
+    task: Number = 0.0
+    task_metric: TaskMetric = "rest"
+    task_subspace: TaskSubspace = "complement"
+    collision: Number = 0.0
+    alpha: Number = 0.0
+    beta: Number = 0.0
+    threshold: Number = 0.0
+    width: Number = 0.0
+    rows: Integer | None = None
+    fisher_energy: Number = 0.9
+    drift_budget: Number | None = None
+    anchor_coef: Number = 0.0
+    anchor_every: Integer = 0
+
+
+class ProjectionUsed(Metadata):
+    """How an update was shrunk after training."""
+
+    budget: Number
+    drift_before: Number
+    strength: Number = 0.0
 
 
 class DriftMetadata(Metadata):
@@ -85,10 +123,10 @@ class DriftMetadata(Metadata):
     base_model: BaseModelDescription | None = None
     fisher_energy: Number = 0.9
     fisher: FisherUsed | None = None
-    coefficients: dict[str, Integer | Number | str | bool | None] = Field(default_factory=dict)
+    coefficients: CoefficientsUsed | None = None
     continued: bool = False
     uncovered: dict[str, Number] = Field(default_factory=dict)
-    projected: dict[str, Any] = Field(default_factory=dict)
+    projected: ProjectionUsed | None = None
     behaviour: BehaviourMetadata | None = None
 
 

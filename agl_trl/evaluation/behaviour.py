@@ -17,7 +17,7 @@ from ..artifacts.extras import needs_extra
 from ..data.labels import unsafe_column
 from ..data.rows import check_prompts, prompt_ids, prompt_text, questions_of
 from ..modeling.base_and_tuned import BaseAndTuned
-from ..modeling.generation import answer_nll, context_length, generate_answers
+from ..modeling.generation import answer_nll, context_length, end_tokens, generate_answers
 from ..modeling.lora import AdaptedLayer
 from ..modeling.reasoning import opened_reasoning
 from .answer_cache import AnswerCache
@@ -168,9 +168,16 @@ def measure_behaviour(
         )
     questions = questions_of(prompts)
     check_prompts(tokenizer, questions, context_length(model))  # as long as no model has answered
+    if base is not None:
+        check_vocabulary(base, model, tokenizer)
     models, judge = BaseAndTuned(model, base, layers), judge or StringJudge()
     options: dict[str, Any] = dict(
-        judge=judge, store=store, max_new_tokens=max_new_tokens, batch_size=batch_size, progress=progress
+        judge=judge,
+        store=store,
+        max_new_tokens=max_new_tokens,
+        batch_size=batch_size,
+        progress=progress,
+        end_token_ids=end_tokens(tokenizer, model, *([] if base is None else [base])),
     )
     answers = []
     for tuned, name in ((False, "Base model"), (True, "Tuned model")):
@@ -179,6 +186,21 @@ def measure_behaviour(
     kl = first_token_kl(models, tokenizer, questions, answers[0].texts, batch_size=batch_size)
     probes = probe(models, tokenizer, questions, unsafe_column(prompts), batch_size=batch_size)
     return compare(prompts, answers[0], answers[1], kl, probes, judge)
+
+
+def check_vocabulary(base: PreTrainedModel, tuned: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
+    """
+    Check that two checkpoints can be asked with one tokenizer.
+
+    Raises:
+        `ValueError`: If the tuned one has dropped tokens that the tokenizer makes.
+    """
+    sizes = [model.get_input_embeddings().weight.shape[0] for model in (base, tuned)]
+    if sizes[1] < min(sizes[0], len(tokenizer)):
+        raise ValueError(
+            f"The tuned model knows {sizes[1]} tokens, the base model {sizes[0]}, and its tokenizer makes {len(tokenizer)}: "
+            "it can't be asked the same prompts."
+        )
 
 
 class Answers(NamedTuple):
@@ -192,11 +214,14 @@ class Answers(NamedTuple):
             What the judge says of them.
         nll (`Tensor`):
             Negative log-likelihood per token of the reference answers, of shape `(prompts,)`, NaN where there is none.
+        decoding (`str`):
+            How the answers were made.
     """
 
     texts: list[str]
     verdicts: list[Verdict]
     nll: Tensor
+    decoding: str
 
     @property
     def refused(self) -> Tensor:
@@ -213,12 +238,18 @@ def answer_prompts(
     store: AnswerCache | None = None,
     max_new_tokens: int = 64,
     batch_size: int = 32,
+    end_token_ids: list[int] | None = None,
     desc: str = "Tuned model",
     progress: bool = True,
 ) -> Answers:
-    """Answers of a model as it is; arguments as in [`measure_behaviour`]."""
+    """Answers of a model as it is; arguments as in [`measure_behaviour`] and [`generate_answers`]."""
     questions = questions_of(prompts)
-    keys = [] if store is None else [store.key(desc, str(question)) for question in questions]
+    ends = end_tokens(tokenizer, model) if end_token_ids is None else end_token_ids
+    decoding = (
+        f"greedy, generation configs set aside, at most {max_new_tokens} tokens, "
+        f"{'until token ' + ' or '.join(map(str, ends)) if ends else 'without an end token'}"
+    )
+    keys = [] if store is None else [store.key(f"{desc}, {decoding}", str(question)) for question in questions]
     missing = [i for i in range(len(questions)) if store is None or keys[i] not in store.answers]
     texts = ["" if i in set(missing) or store is None else store.answers[keys[i]] for i in range(len(questions))]
 
@@ -234,6 +265,7 @@ def answer_prompts(
         [questions[i] for i in missing],
         max_new_tokens=max_new_tokens,
         batch_size=batch_size,
+        end_token_ids=ends,
         desc=desc,
         progress=progress,
         on_batch=keep,
@@ -245,7 +277,7 @@ def answer_prompts(
     opened = [opened_reasoning(tokenizer.decode(prompt_ids(tokenizer, question)[-16:])) for question in questions]
     judged = [mark + text for mark, text in zip(opened, texts, strict=True)]
     verdicts = (judge or StringJudge())([prompt_text(question) for question in questions], judged)
-    return Answers(texts, verdicts, nll)
+    return Answers(texts, verdicts, nll, decoding)
 
 
 def compare(prompts: Dataset, base: Answers, tuned: Answers, kl: Tensor, probes: Probes, judge: Judge) -> Behaviour:
@@ -284,7 +316,7 @@ def compare(prompts: Dataset, base: Answers, tuned: Answers, kl: Tensor, probes:
         metadata={
             "judge": {"name": judge_name, "version": judge.version},
             "verdicts": {"base": verdict_counts(base.verdicts), "tuned": verdict_counts(tuned.verdicts)},
-            "decoding": "greedy",
+            "decoding": tuned.decoding,
             "kl_tokens": KL_TOKENS,
             "prompts_sha256": hashlib.sha256(json.dumps([ids, questions]).encode()).hexdigest(),
         },

@@ -86,7 +86,8 @@ def probe(
     openers = opener_ids(tokenizer)
     margins = torch.full((2, len(rows)), torch.nan)
     distance: Tensor | float = 0.0
-    sums: Tensor | None = None  # of states, of shape (base or tuned, safe or unsafe, layers + 1, hidden size)
+    # Of states, of every layer in turn, of shape (base or tuned, safe or unsafe, hidden size); sizes differ in some models.
+    sums: list[Tensor] = []
     for batch in batches(rows, batch_size, pad_token_id(tokenizer), input_device(models.tuned)):
         last = batch.attention_mask.sum(1) - 1
         columns, column_of = last.unique(return_inverse=True)
@@ -99,19 +100,19 @@ def probe(
                 log_probs = _at(output.logits, lines, column_of).log_softmax(-1)
                 refusal, compliance = (log_probs[:, ids].logsumexp(1) for ids in openers)
                 margins[number, batch.indices] = (refusal - compliance).cpu()
-            states.append(torch.stack([_at(state, lines, last).cpu() for state in output.hidden_states], 1))
+            states.append([_at(state, lines, last).cpu() for state in output.hidden_states])
+        layers = [torch.stack(pair) for pair in zip(*states, strict=True)]
         # 1 − cos as half the squared distance of the directions: exactly zero where nothing moved.
-        distance = distance + (normalize(states[0], dim=-1) - normalize(states[1], dim=-1)).square().sum((0, 2)) / 2
+        distance = distance + torch.stack([normalize(pair, dim=-1).diff(dim=0).square().sum() / 2 for pair in layers])
         chosen = unsafe[batch.indices]
-        part = torch.stack([torch.stack([side[~chosen].sum(0), side[chosen].sum(0)]) for side in states])
-        sums = part if sums is None else sums + part
-    assert isinstance(distance, Tensor) and sums is not None, "there are prompts"
+        parts = [torch.stack([pair[:, ~chosen].sum(1), pair[:, chosen].sum(1)], 1) for pair in layers]
+        sums = [before + part for before, part in zip(sums, parts, strict=True)] if sums else parts
+    assert isinstance(distance, Tensor), "there are prompts"
     counts = torch.tensor([int((~unsafe).sum()), int(unsafe.sum())])
     direction = torch.full_like(distance, torch.nan)
     if counts.all():
-        means = sums / counts[None, :, None, None]
-        difference = means[:, 1] - means[:, 0]
-        direction = cosine_similarity(difference[0], difference[1], dim=-1)
+        differences = [(part / counts[:, None]).diff(dim=1).squeeze(1) for part in sums]
+        direction = torch.stack([cosine_similarity(base, tuned, dim=-1) for base, tuned in differences])
     return Probes(margins[0], margins[1], distance / len(rows), direction)
 
 
@@ -131,7 +132,7 @@ def first_token_kl(
 ) -> Tensor:
     """
     `KL(base ‖ tuned)` per token, over the first `KL_TOKENS` tokens of the base model's answer to every prompt, where
-    alignment is concentrated.
+    alignment is concentrated. Of vocabularies of different size the common part is compared, renormalised.
 
     Args:
         models ([`BaseAndTuned`]):
@@ -152,16 +153,16 @@ def first_token_kl(
     for prompt, answer in zip(prompts, answers, strict=True):
         question = prompt_ids(tokenizer, prompt)
         answer_ids = tokenizer(answer, add_special_tokens=False)["input_ids"][:KL_TOKENS]
-        rows.append(AlignmentRow(question + (answer_ids or [tokenizer.eos_token_id]), len(question)))
+        rows.append(AlignmentRow(question + (answer_ids or [pad_token_id(tokenizer)]), len(question)))
     kl = torch.zeros(len(rows))
     for batch in batches(rows, batch_size, pad_token_id(tokenizer), input_device(models.tuned)):
         sides = []
         for tuned in (False, True):
             with models.side(tuned) as model, evaluating(model):
                 logits, mask = answer_logits(model, batch)
-            log_probs = logits[mask.to(logits.device)].float().log_softmax(-1)
-            sides.append(log_probs.to(batch.input_ids.device))
-        base, other = sides
+            sides.append(logits[mask.to(logits.device)].float().to(batch.input_ids.device))
+        common = min(side.shape[-1] for side in sides)
+        base, other = (side[:, :common].log_softmax(-1) for side in sides)
         per_token = (base.exp() * (base - other)).sum(-1).cpu()
         kl[batch.indices] = torch.stack([part.mean() for part in per_token.split(batch.answer_mask.sum(1).tolist())])
     return kl

@@ -4,17 +4,35 @@ from functools import partial
 from typing import Self
 
 import torch
-from accelerate.utils import reduce
+from accelerate.utils import gather_object, reduce
 from torch import Tensor, nn
 
 from ..objective.covariance import CovarianceSketch, sketch_matrix
 
 
 class Collector:
-    """Hooks that accumulate X and G of linear layers, alive exactly as long as the `with` block."""
+    """
+    Hooks that accumulate X and G of linear layers, alive exactly as long as the `with` block.
 
-    def __init__(self, layers: dict[str, nn.Module], rank: int, gradients: bool, seed: int):
-        self.layers, self.gradients = layers, gradients
+    Args:
+        layers (`dict[str, Module]`):
+            Layers by name.
+        rank (`int`):
+            Eigenpairs that will be kept.
+        gradients (`bool`):
+            Whether G is accumulated too.
+        seed (`int`):
+            Seed of the sketch.
+        skip_unused (`bool`, *optional*, defaults to `False`):
+            Whether layers that do not see every token (a vision tower, experts) are left out and named in `skipped`, rather
+            than refused.
+    """
+
+    def __init__(
+        self, layers: dict[str, nn.Module], rank: int, gradients: bool, seed: int, *, skip_unused: bool = False
+    ):
+        self.layers, self.gradients, self.skip_unused = layers, gradients, skip_unused
+        self.skipped: set[str] = set()
         self.input_of: dict[str, str] = {}  # layer -> first layer that reads the same input tensor
         self.inputs: dict[str, CovarianceSketch] = {}
         self.outputs: dict[str, CovarianceSketch] = {}
@@ -60,18 +78,23 @@ class Collector:
         self._seen.clear()
 
     def _on_forward(self, name: str, module: nn.Module, args: tuple, output: Tensor) -> None:
+        if name in self.skipped:
+            return
         x = args[0]
         if name not in self.input_of:  # in the first batch alone, so that no later one keeps its inputs alive
             self.input_of[name], _ = self._seen.setdefault(id(x), (name, x))
         if self.input_of[name] == name:
             self._update(self.inputs, name, x)
-        if self.gradients:
+        if self.gradients and output.requires_grad:
             output.register_hook(partial(self._update, self.outputs, name))
 
     @torch.no_grad()
     def _update(self, sketches: dict[str, CovarianceSketch], name: str, values: Tensor) -> None:
         rows = values.detach().reshape(-1, values.shape[-1])
         if rows.shape[0] != self.token_mask.shape[0]:
+            if self.skip_unused:
+                self.skipped.add(name)
+                return
             raise ValueError(
                 f"Layer '{name}' saw {rows.shape[0]} rows for {self.token_mask.shape[0]} tokens: layers that do not see every "
                 "token (experts, vision towers) can't be guarded; leave them out of `target_modules`."
@@ -83,7 +106,12 @@ class Collector:
         sketches[name].update(rows[self.token_mask.to(rows.device)])
 
     def sum_over_processes(self) -> None:
-        """Add up the accumulated sums of all processes, once."""
+        """Add up the accumulated sums of all processes, once. What one of them skips, all skip."""
+        if self.skip_unused:
+            self.skipped = {*gather_object(sorted(self.skipped))}
+            for sketches in (self.inputs, self.outputs):
+                for name in self.skipped & {*sketches}:
+                    del sketches[name]
         for sketches in (self.inputs, self.outputs):
             for name in sorted(sketches):
                 sketch = sketches[name]
@@ -92,17 +120,43 @@ class Collector:
                 )
 
     def check(self) -> None:
+        """
+        Check that every layer saw the tokens, or leave out those that did not.
+
+        Raises:
+            `ValueError`: If one did not and may not be left out, none is left, or sums are not finite.
+        """
+        most = max((int(sketch.count) for sketch in self.inputs.values()), default=0)
+        least = max(most, 1) if self.skip_unused else 1
+        for name in self.layers:
+            covered = [self.inputs.get(self.input_of.get(name, ""))]
+            if self.gradients:
+                covered.append(self.outputs.get(name))
+            if all(sketch is not None and sketch.count >= least for sketch in covered):
+                continue
+            if not self.skip_unused:
+                raise ValueError(
+                    f"Layer '{name}' saw no tokens while the Fisher statistics were estimated: it is not used by the forward "
+                    "pass over text (a vision tower, a fused kernel, an unused branch), so it can't be guarded; leave it out of "
+                    "`target_modules`, or name it in `exclude_modules`."
+                )
+            self.skipped.add(name)
+        if self.skipped:
+            self._leave_out()
         for name, sketch in [*self.inputs.items(), *self.outputs.items()]:
             if not torch.isfinite(sketch.sums).all():
                 raise ValueError(
                     f"The statistics of layer '{name}' are not finite: its activations overflow; use bfloat16."
                 )
-        for name in self.layers:
-            covered = [self.inputs.get(self.input_of.get(name, ""))]
-            if self.gradients:
-                covered.append(self.outputs.get(name))
-            if any(sketch is None or sketch.count == 0 for sketch in covered):
-                raise ValueError(
-                    f"Layer '{name}' saw no tokens while the Fisher statistics were estimated: it is not used by the forward "
-                    "pass (a fused kernel, an unused branch), so it can't be guarded; leave it out of `target_modules`."
-                )
+
+    def _leave_out(self) -> None:
+        """Keep nothing of the layers that are skipped; what reads the input of one of them becomes the first to read it."""
+        kept = {name: first for name, first in self.input_of.items() if name not in self.skipped}
+        if not kept:
+            raise ValueError("No linear layer of the model saw all tokens of the rows: there is nothing to measure.")
+        firsts: dict[str, str] = {}
+        for name, first in kept.items():
+            firsts.setdefault(first, name)
+        self.input_of = {name: firsts[first] for name, first in kept.items()}
+        self.inputs = {firsts[first]: sketch for first, sketch in self.inputs.items() if first in firsts}
+        self.outputs = {name: sketch for name, sketch in self.outputs.items() if name in kept}

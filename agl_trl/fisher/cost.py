@@ -19,6 +19,9 @@ from .collector import Collector
 from .estimate import FisherType, run_batch
 
 
+TRIAL_TOKENS = 2
+
+
 class FisherCost(NamedTuple):
     """
     What a statistics pass will take.
@@ -84,12 +87,13 @@ def fisher_cost(model: PreTrainedModel | PeftModel, *, rank: int, shrinkage: flo
     input_of: dict[str, str] = {}
 
     def note(name: str, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-        input_of[name] = seen.setdefault(id(args[0]), (name, args[0]))[0]
+        if args[0].shape[:-1].numel() == TRIAL_TOKENS:  # experts see some of the tokens, and are not measured
+            input_of[name] = seen.setdefault(id(args[0]), (name, args[0]))[0]
 
     handles = [module.register_forward_hook(partial(note, name)) for name, module in layers.items()]
     try:
         with evaluating(model):
-            model(input_ids=torch.ones(1, 2, dtype=torch.long, device=input_device(model)), use_cache=False)
+            model(input_ids=torch.ones(1, TRIAL_TOKENS, dtype=torch.long, device=input_device(model)), use_cache=False)
     finally:
         for handle in handles:
             handle.remove()
@@ -114,7 +118,8 @@ def seconds_by_trial(
 ) -> float:
     """Time of a whole pass over rows, from one batch of middling length and one decomposition of every dimension."""
     pad, device = pad_token_id(tokenizer), input_device(model)
-    collector = Collector(linear_layers(model), rank, shrinkage < 1, seed)
+    skip_unused = not isinstance(model, PeftModel)
+    collector = Collector(linear_layers(model), rank, shrinkage < 1, seed, skip_unused=skip_unused)
     (warm,) = batches([AlignmentRow(rows[0].input_ids[:2], 1)], 1, pad, device)
     middle = next(islice(batches(rows, batch_size, pad, device), -(-len(rows) // batch_size) // 2, None))
     with evaluating(model), collector:

@@ -73,8 +73,8 @@ def estimate_fisher(
 
     Args:
         model (`PreTrainedModel` or `PeftModel`):
-            Reference model. With an adapter the layers it adapts are measured, without one all linear layers but the
-            output head.
+            Reference model. With an adapter the layers it adapts are measured, without one all linear layers but the output
+            head and those that do not see every token (a vision tower, fused kernels), which `metadata["skipped_layers"]` names.
         dataset (`Dataset`, `IterableDataset` or `Sequence[dict]`):
             Alignment rows in TRL's prompt-completion, preference, prompt-only or language-modeling format; prompt-only rows
             get their answers from the model. A boolean column `unsafe` selects the rows that carry the statistics.
@@ -108,8 +108,8 @@ def estimate_fisher(
         [`FisherStatistics`]
 
     Raises:
-        `ValueError`: If there are no rows, their format is unknown, the model has no layer to measure, or a layer saw
-            no tokens.
+        `ValueError`: If there are no rows, their format is unknown, the model has no layer to measure, or an adapted layer
+            saw no tokens.
     """
     layers = linear_layers(model)
     if not layers:
@@ -131,7 +131,7 @@ def estimate_fisher(
     collector = _collect(
         model, layers, rows, processing_class, fisher_type, shrinkage < 1, rank, batch_size, seed, progress, sums
     )
-
+    layers = {name: module for name, module in layers.items() if name in collector.input_of}
     statistics = FisherStatistics(
         inputs={name: _rounded(sketch.covariance(rank), dtype) for name, sketch in collector.inputs.items()},
         outputs={name: _rounded(sketch.covariance(rank), dtype) for name, sketch in collector.outputs.items()},
@@ -148,6 +148,7 @@ def estimate_fisher(
             "seed": seed,
             "dataset_fingerprint": _fingerprint(rows),
             "shapes": {name: list(layer_shape(module)) for name, module in layers.items()},
+            "skipped_layers": sorted(collector.skipped),
             "versions": _versions(),
         },
     )
@@ -185,7 +186,7 @@ def _collect(
             f"{len(rows)} alignment rows can't be shared by {state.num_processes} processes: give more rows."
         )
     device = input_device(model)
-    collector = Collector(layers, rank, gradients, seed)
+    collector = Collector(layers, rank, gradients, seed, skip_unused=not isinstance(model, PeftModel))
     bar = tqdm(
         total=len(rows), desc="Fisher statistics", unit="row", disable=not (progress and state.is_local_main_process)
     )

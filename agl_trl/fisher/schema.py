@@ -38,6 +38,7 @@ class FisherMetadata(Metadata):
     max_length: Integer | None = None
     fisher_type: str | None = None
     dataset_fingerprint: str = ""
+    skipped_layers: list[str] = Field(default_factory=list)
     versions: dict[str, str] = Field(default_factory=dict)
 
 

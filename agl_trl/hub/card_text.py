@@ -56,7 +56,7 @@ def describe_settings(settings: dict[str, Any]) -> str:
         parts = [", ".join(f"{name} {getattr(coefficients, name)}" for name in names)]
     elif coefficients.alignment != 0:
         parts = [f"alignment penalty λ_A = {coefficients.alignment} on the complete Fisher quadratic form"]
-    if "drift_budget" in settings:
+    if settings.get("drift_budget") is not None:
         parts.append(f"drift budget {settings['drift_budget']}")
     if "anchor_coef" in settings:
         every = f" every {settings['anchor_every']} steps" if "anchor_every" in settings else ""
@@ -103,10 +103,10 @@ def render_evidence(report: DriftReport, repo_id: str | None, statistics_publish
         "evidence.md.jinja",
         report=report,
         behaviour=behaviour,
-        budget=report.metadata.get("coefficients", {}).get("drift_budget"),
+        budget=(report.metadata.get("coefficients") or {}).get("drift_budget"),
         continued=bool(report.metadata.get("continued")),
         projected=report.metadata.get("projected"),
-        num_tokens=report.metadata.get("fisher", {}).get("num_tokens"),
+        num_tokens=(report.metadata.get("fisher") or {}).get("num_tokens"),
         repo_id=repo_id,
         statistics_published=statistics_published,
         **values,

@@ -12,7 +12,7 @@ from peft import PeftModel
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 from tqdm.auto import tqdm
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import ModelOutput
 
 from ..data.alignment import AlignmentBatch, batches, pad_token_id, tokenize_rows
@@ -94,6 +94,58 @@ def takes_logits_to_keep(model: PreTrainedModel | PeftModel) -> bool:
     return "logits_to_keep" in signature(base.forward).parameters
 
 
+def end_tokens(tokenizer: PreTrainedTokenizerBase, *models: PreTrainedModel | PeftModel) -> list[int]:
+    """
+    Tokens at which an answer ends: those of the tokenizer and of the generation configs of all models. Models that are
+    compared share them, so that no answer goes on where the other one's ends.
+    """
+    ends = {tokenizer.eos_token_id}
+    for model in models:
+        told = model.generation_config.eos_token_id
+        ends |= {told} if isinstance(told, int) else {*(told or ())}
+    return sorted(ends - {None})
+
+
+def greedy_decoding(max_new_tokens: int, end_token_ids: list[int], pad_token_id: int) -> GenerationConfig:
+    """Greedy decoding and nothing beside it: no penalty, beam, forced or forbidden token, and no least length."""
+    return GenerationConfig(
+        do_sample=False,
+        num_beams=1,
+        max_new_tokens=max_new_tokens,
+        eos_token_id=end_token_ids or None,
+        pad_token_id=pad_token_id,
+    )
+
+
+@contextmanager
+def decoding_by(model: PreTrainedModel | PeftModel, config: GenerationConfig) -> Iterator[None]:
+    """
+    The model with this generation config alone, and then with its own again. `generate` fills what a given config leaves open
+    from the one that the model came with, and PEFT hands its own to the model inside: so both are exchanged.
+    """
+    holders: list[Any] = [model, model.get_base_model()] if isinstance(model, PeftModel) else [model]
+    kept = [vars(holder).get("generation_config") for holder in holders]
+    for holder in holders:
+        holder.generation_config = config
+    try:
+        yield
+    finally:
+        for holder, own in zip(holders, kept, strict=True):
+            if own is None:  # looked up in the model inside
+                del holder.generation_config
+            else:
+                holder.generation_config = own
+
+
+def padded_left(rows: list[list[int]], pad_token_id: int, device: torch.device) -> dict[str, Tensor]:
+    """Token ids and attention mask of rows that end together."""
+    length = max(len(row) for row in rows)
+    return {
+        "input_ids": torch.tensor([[pad_token_id] * (length - len(row)) + row for row in rows], device=device),
+        "attention_mask": torch.tensor([[0] * (length - len(row)) + [1] * len(row) for row in rows], device=device),
+    }
+
+
 @torch.no_grad()
 def generate_answers(
     model: PreTrainedModel | PeftModel,
@@ -102,12 +154,13 @@ def generate_answers(
     *,
     max_new_tokens: int = 64,
     batch_size: int = 32,
+    end_token_ids: list[int] | None = None,
     desc: str = "Answers",
     progress: bool = True,
     on_batch: Callable[[list[int], list[str]], None] | None = None,
 ) -> list[str]:
     """
-    Greedy answers of a model, in the order of the prompts.
+    Greedy answers of a model, in the order of the prompts. Its own generation config has no say but for where answers end.
 
     Args:
         model (`PreTrainedModel` or `PeftModel`):
@@ -120,6 +173,8 @@ def generate_answers(
             Longest answer.
         batch_size (`int`, *optional*, defaults to `32`):
             Prompts per batch; prompts of similar length go together, padded on the left.
+        end_token_ids (`list[int]`, *optional*):
+            Tokens at which an answer ends; by default the [`end_tokens`] of this model.
         desc (`str`, *optional*, defaults to `"Answers"`):
             Text of the progress bar.
         progress (`bool`, *optional*, defaults to `True`):
@@ -130,16 +185,21 @@ def generate_answers(
     encoded = [prompt_ids(tokenizer, prompt) for prompt in prompts]
     order = sorted(range(len(prompts)), key=lambda i: len(encoded[i]))
     answers = [""] * len(prompts)
-    with evaluating(model), tqdm(total=len(prompts), desc=desc, unit="prompt", disable=not progress) as bar:
+    ends = end_tokens(tokenizer, model) if end_token_ids is None else end_token_ids
+    pad, device = pad_token_id(tokenizer), input_device(model)
+    config = greedy_decoding(max_new_tokens, ends, pad)
+    with (
+        evaluating(model),
+        decoding_by(model, config),
+        tqdm(total=len(prompts), desc=desc, unit="prompt", disable=not progress) as bar,
+    ):
         for start in range(0, len(order), batch_size):
             chunk = order[start : start + batch_size]
-            padded = tokenizer.pad(
-                {"input_ids": [encoded[i] for i in chunk]}, padding_side="left", return_tensors="pt"
-            )
-            generated = model.generate(
-                **padded.to(input_device(model)), max_new_tokens=max_new_tokens, do_sample=False, use_cache=True
-            )
-            texts = decode_answers(tokenizer, generated[:, padded["input_ids"].shape[1] :].tolist())
+            padded = padded_left([encoded[i] for i in chunk], pad, device)
+            generated = model.generate(**padded, generation_config=config, use_cache=True)
+            # Cut at the end here: the padding behind it may be a word of the vocabulary.
+            written = [_until(ids, ends) for ids in generated[:, padded["input_ids"].shape[1] :].tolist()]
+            texts = decode_answers(tokenizer, written)
             for i, text in zip(chunk, texts, strict=True):
                 answers[i] = text.strip()
             if on_batch is not None:
@@ -157,6 +217,10 @@ def decode_answers(tokenizer: PreTrainedTokenizerBase, rows: list[list[int]]) ->
         return tokenizer.batch_decode(rows, skip_special_tokens=True)
     hidden = special - marks
     return tokenizer.batch_decode([[token for token in row if token not in hidden] for row in rows])
+
+
+def _until(ids: list[int], ends: list[int]) -> list[int]:
+    return ids[: next((i for i, token in enumerate(ids) if token in ends), len(ids))]
 
 
 @torch.no_grad()

@@ -144,10 +144,16 @@ def _check_supported(name: str, module: LoraLayer, adapter: str) -> None:
     if adapter in module.lora_variant:
         variant = type(module.lora_variant[adapter]).__name__.removesuffix("LinearVariant")
         raise ValueError(f"Layer '{name}' uses the LoRA variant {variant}, which AGL has no quadratic form for.")
+    if type(module).__name__ == "ParamWrapper":
+        raise ValueError(
+            f"Layer '{name}' holds its weights as bare parameters (a router, or experts in one tensor), but AGL guards linear "
+            "layers only. PEFT adapts such layers too where `target_modules` is 'all-linear' or names them: name the attention "
+            "projections, such as `target_modules=['q_proj', 'k_proj', 'v_proj', 'o_proj']`, and no `target_parameters`."
+        )
     if not (isinstance(module, LoraLinear) or type(module).__name__ in QUANTIZED_LORA_LAYERS):
         raise ValueError(
-            f"Layer '{name}' is adapted by {type(module).__name__}, but AGL guards linear layers only: leave embeddings, "
-            "convolutions and `target_parameters` out of the adapter."
+            f"Layer '{name}' is adapted by {type(module).__name__}, but AGL guards linear layers only: leave embeddings "
+            "and convolutions out of the adapter."
         )
     if module.lora_bias[adapter]:
         raise ValueError(

@@ -8,6 +8,7 @@ from torch import Tensor
 
 
 DUAL_RATE = 0.1
+LARGEST_MULTIPLIER = 100.0
 
 
 class DriftBudget:
@@ -16,9 +17,12 @@ class DriftBudget:
 
     Two mechanisms, both on the device and without a host sync:
 
-    - a multiplier ν ≥ 0, raised while a step overshoots and lowered while there is room (dual ascent on `D/b ≤ 1`),
-      `ν ← max(0, ν + κ (D/b − 1))`, whose penalty `ν D/b` turns the optimizer towards the directions that cost least;
+    - a multiplier ν between 0 and 100, raised while a step overshoots and lowered while there is room (dual ascent on
+      `D/b ≤ 1`), `ν ← ν + κ min(D/b − 1, 1)`, whose penalty `ν D/b` turns the optimizer towards the directions that cost least;
+      it rises no faster than it falls, so that one step far off is forgotten after one with room;
     - after every step, if D > b, `B ← B·√(b/D)`, which makes "at or below" exact, because D is quadratic in B.
+
+    A drift that is not finite says nothing: multiplier and weights stay as they are.
 
     Args:
         budget (`float`):
@@ -35,7 +39,8 @@ class DriftBudget:
         limit = torch.tensor(budget, dtype=torch.float32)
         limit = limit if limit.item() <= budget else torch.nextafter(limit, torch.zeros(()))
         self.limit = limit.to(device)
-        self.multiplier = torch.tensor(multiplier, dtype=torch.float64 if device.type == "cpu" else torch.float32).to(
+        start = min(multiplier, LARGEST_MULTIPLIER)  # of a run that is continued, from before there was a largest
+        self.multiplier = torch.tensor(start, dtype=torch.float64 if device.type == "cpu" else torch.float32).to(
             device
         )
 
@@ -58,8 +63,9 @@ class DriftBudget:
             Bs (`Sequence[Tensor]`):
                 `lora_B` weights of all guarded layers, changed in place.
         """
-        excess = drift / self.budget - 1
-        self.multiplier.add_(DUAL_RATE * excess).clamp_(min=0)
+        finite = drift.isfinite()
+        excess = (drift / self.budget - 1).clamp(-1, 1).where(finite, torch.zeros_like(drift))
+        self.multiplier.add_(DUAL_RATE * excess).clamp_(0, LARGEST_MULTIPLIER)
         shrink = (self.limit / drift.clamp_min(torch.finfo(drift.dtype).tiny)).sqrt()
         kinds: dict[tuple, list[Tensor]] = defaultdict(list)
         for B in Bs:
@@ -68,5 +74,5 @@ class DriftBudget:
             # Rounded down in the precision of B, and two steps more, so that rounding can't end above the budget.
             below = (shrink * (1 - 2 * torch.finfo(dtype).eps)).to(device, dtype)
             below = torch.nextafter(below, torch.zeros_like(below))
-            factor = torch.where((drift > self.limit).to(device), below, torch.ones_like(below))
+            factor = torch.where((finite & (drift > self.limit)).to(device), below, torch.ones_like(below))
             torch._foreach_mul_(alike, factor)  # as torch's own optimizers: one call, whatever the number of layers

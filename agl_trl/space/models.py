@@ -16,7 +16,7 @@ from transformers import PreTrainedTokenizerBase
 
 from ..artifacts.files import ADAPTER_FILE, FOLDER, ArtifactError, adapter_folder, from_hub, hub_id
 from ..data.rows import prompt_ids
-from ..modeling.generation import generate_answers, input_device
+from ..modeling.generation import end_tokens, generate_answers, input_device
 from ..modeling.loading import load_adapter, load_model
 from .questions import Decoding
 
@@ -63,10 +63,7 @@ class Model:
         self._names = {side.key: side.key if side.key in model.peft_config else "default" for side in sides[1:]}
         settings = model.config.get_text_config().to_dict()
         self.context: int | None = settings.get("max_position_embeddings")
-        ends = model.generation_config.eos_token_id
-        self._ends = (
-            {ends, tokenizer.eos_token_id} if isinstance(ends, int) else {*(ends or ()), tokenizer.eos_token_id}
-        )
+        self._ends = end_tokens(tokenizer, model)
 
     def stream(self, side: Side, prompt: str, decoding: Decoding) -> Iterator[tuple[str, int]]:
         """

@@ -6,11 +6,12 @@ from datasets import Dataset
 from peft import LoraConfig, get_peft_model
 
 from agl_trl.data.rows import prompt_ids
+from agl_trl.evaluation.behaviour import measure_behaviour
 from agl_trl.evaluation.probes import COMPLIANCE_OPENERS, REFUSAL_OPENERS, first_token_kl, opener_ids, probe
 from agl_trl.miniworld import heldout_safe, heldout_unsafe, load_model, load_tokenizer
 from agl_trl.modeling.base_and_tuned import BaseAndTuned
 from agl_trl.modeling.lora import adapted_layers, at_reference
-from tests.helpers.models import adapted, probe_prompts
+from tests.helpers.models import adapted, probe_prompts, tiny_model
 
 
 @pytest.fixture(scope="module")
@@ -72,3 +73,49 @@ def test_kl_equals_brute_force(tokenizer, prompts):
     expected = (base * (base / tuned).log()).sum(-1)[0, window].mean()
     value = first_token_kl(BaseAndTuned(model), tokenizer, [question, prompts[0]["prompt"]], [answer, ""])
     assert value[0].item() == pytest.approx(expected.item(), rel=1e-4) and torch.isfinite(value).all()
+
+
+def test_layers_of_different_sizes_are_probed_each_by_itself(tokenizer, prompts):
+    base, tuned = tiny_model("opt").eval(), tiny_model("opt", seed=1).eval()
+    questions, unsafe = list(prompts["prompt"]), torch.tensor(prompts["unsafe"])
+    probes = probe(BaseAndTuned(tuned, base), tokenizer, questions, unsafe, batch_size=3)
+    states: list[list] = [[], []]
+    for side, model in zip(states, (base, tuned), strict=True):
+        for question in questions:
+            with torch.no_grad():
+                hidden = model(torch.tensor([prompt_ids(tokenizer, question)]), output_hidden_states=True)
+            side.append([h[0, -1] for h in hidden.hidden_states])
+    sizes = [len(h) for h in states[0][0]]
+    assert len({*sizes}) == 2, "this model has layers of two sizes"
+    for layer in range(len(sizes)):
+        one, other = (torch.stack([h[layer] for h in side]) for side in states)
+        cosine = torch.nn.functional.cosine_similarity
+        assert probes.hidden_drift[layer].item() == pytest.approx((1 - cosine(one, other)).mean().item(), rel=1e-3)
+        directions = [side[unsafe].mean(0) - side[~unsafe].mean(0) for side in (one, other)]
+        expected = cosine(*directions, dim=0).item()
+        assert probes.direction_cosine[layer].item() == pytest.approx(expected, rel=1e-3, abs=1e-4)
+
+
+@pytest.mark.parametrize("size", [264, 300])
+def test_a_resized_vocabulary_is_compared_where_both_have_words(size, tokenizer, prompts):
+    """New tokens, which no answer of the base has, take nothing from what is compared; and none are made up."""
+    base, tuned = tiny_model().eval(), tiny_model().eval()
+    tuned.resize_token_embeddings(size, mean_resizing=False)
+    same = measure_behaviour(tuned, tokenizer, prompts, base=base, max_new_tokens=4, progress=False)
+    assert same.kl_first_tokens.abs().max() < 1e-6 and same.hidden_drift.max() < 1e-6
+    other = tiny_model(seed=1).eval()
+    whole = measure_behaviour(other, tokenizer, prompts, base=base, max_new_tokens=4, progress=False)
+    other.resize_token_embeddings(size, mean_resizing=False)
+    resized = measure_behaviour(other, tokenizer, prompts, base=base, max_new_tokens=4, progress=False)
+    assert whole.kl_first_tokens.min() > 1e-3
+    torch.testing.assert_close(resized.kl_first_tokens, whole.kl_first_tokens, rtol=1e-4, atol=1e-5)
+
+
+def test_a_vocabulary_that_lost_tokens_is_told_before_anything_is_asked(tokenizer, prompts):
+    base, tuned, asked = tiny_model().eval(), tiny_model().eval(), []
+    tuned.resize_token_embeddings(200)
+    for model in (base, tuned):
+        model.register_forward_pre_hook(lambda *args: asked.append(1))
+    with pytest.raises(ValueError, match="knows 200 tokens, the base model 260, and its tokenizer makes 260"):
+        measure_behaviour(tuned, tokenizer, prompts, base=base, max_new_tokens=4, progress=False)
+    assert not asked

@@ -8,6 +8,8 @@ from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
     AutoModelForImageTextToText,
+    LlavaConfig,
+    LlavaForConditionalGeneration,
     PreTrainedModel,
     PreTrainedTokenizerFast,
 )
@@ -30,6 +32,20 @@ ARCHITECTURES = {
     "gemma3_text": (SMALL | dict(head_dim=8), "all-linear"),  # tied embeddings
     "gpt2": (dict(n_embd=32, n_layer=2, n_head=4, n_positions=128), ["c_attn", "c_proj", "c_fc"]),  # Conv1D
     "gpt_neox": (SMALL, "all-linear"),  # fused query_key_value
+    "opt": (  # its embeddings and logits are of another size than its layers, as OPT-350m's
+        dict(hidden_size=32, ffn_dim=48, num_hidden_layers=2, num_attention_heads=4, word_embed_proj_dim=16),
+        "all-linear",
+    ),
+}
+# Models with layers that a text does not reach, or reaches in part: for statistics of a plain model, not for training.
+MIXTURES = {
+    "mixtral": SMALL | dict(num_local_experts=4),
+    "qwen3_moe": SMALL | dict(num_experts=4, moe_intermediate_size=16, head_dim=8, num_experts_per_tok=2),
+}
+STATE_SPACE = {
+    "mamba": dict(hidden_size=32, num_hidden_layers=2, state_size=4),
+    "jamba": SMALL
+    | dict(num_experts=2, mamba_d_state=4, use_mamba_kernels=False, attn_layer_period=2, attn_layer_offset=1),
 }
 
 
@@ -48,12 +64,25 @@ def byte_tokenizer() -> PreTrainedTokenizerFast:
 def tiny_model(
     architecture: str = "llama", seed: int = 0, dtype: torch.dtype = torch.float32, **changes
 ) -> PreTrainedModel:
-    values, _ = ARCHITECTURES[architecture]
+    values = ({name: values for name, (values, _) in ARCHITECTURES.items()} | MIXTURES | STATE_SPACE)[architecture]
     config = AutoConfig.for_model(
         architecture, **(values | dict(vocab_size=260, pad_token_id=0, eos_token_id=1, bos_token_id=None) | changes)
     )
     torch.manual_seed(seed)
     return AutoModelForCausalLM.from_config(config, dtype=dtype)
+
+
+def tiny_vision_model() -> PreTrainedModel:
+    """A Llama that sees pictures, if it is shown any."""
+    vision = dict(hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=2)
+    config = LlavaConfig(
+        text_config=SMALL
+        | dict(model_type="llama", vocab_size=260, pad_token_id=0, eos_token_id=1, bos_token_id=None),
+        vision_config=vision | dict(model_type="clip_vision_model", image_size=16, patch_size=8),
+        image_token_index=255,
+    )
+    torch.manual_seed(0)
+    return LlavaForConditionalGeneration(config)
 
 
 def chat_rows(count: int, question: str, answer: str) -> list[dict]:

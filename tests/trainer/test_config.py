@@ -185,3 +185,16 @@ def test_statistics_need_no_rows_of_the_length_trained_on(tmp_path, tokenizer, t
     rows = Dataset.from_list(chat_rows(5, "please do bad thing " * 8, "Sorry, no {}." + " Not this." * 20))
     trainer = agl_trainer(tmp_path, tokenizer, train_rows, rows, max_length=None, max_steps=2)
     check(trainer, tmp_path)
+
+
+def test_the_report_of_a_run_is_of_its_own_share_of_the_fisher(tmp_path, tokenizer, train_rows, alignment_rows):
+    options = dict(fisher_energy=0.3, fisher_shrinkage=0.5, max_steps=2)
+    trainer = agl_trainer(tmp_path, tokenizer, train_rows, alignment_rows, **options)
+    trainer.train()
+    trainer.save_model()
+    saved = DriftReport.from_pretrained(tmp_path)
+    assert saved.metadata["fisher_energy"] == 0.3
+    at = {energy: DriftReport.measure(trainer.model, trainer.statistics, energy) for energy in (0.3, 0.9)}
+    torch.testing.assert_close(saved.alignment_energy, at[0.3].alignment_energy, rtol=1e-5, atol=1e-9)
+    assert saved.alignment_energy.sum() < 0.9 * at[0.9].alignment_energy.sum()
+    torch.testing.assert_close(saved.relative_drift, at[0.9].relative_drift, rtol=1e-5, atol=1e-9)

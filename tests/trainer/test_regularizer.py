@@ -7,7 +7,6 @@ from transformers import TrainerCallback
 
 from agl_trl import AGLSFTConfig, DriftReport
 from agl_trl.modeling.lora import adapted_layers, at_reference
-from agl_trl.objective.budget import DriftBudget
 from tests.helpers.models import tiny_model
 from tests.helpers.training import adapter_of, agl_trainer, lora
 
@@ -25,18 +24,20 @@ def test_budget_is_kept_after_every_step(budget, coef, tmp_path, tokenizer, trai
         max_steps=12,
         learning_rate=2e-2,
     )
-    drifts = []
+    drifts, multipliers = [], []
 
     class Watcher(TrainerCallback):
         def on_optimizer_step(self, *args, **kwargs):  # after the one that holds the budget
             regularizer = trainer.align_guard.regularizer
             drifts.append(regularizer.drift(regularizer.factors()).mean().item())
+            multipliers.append(regularizer.budget.multiplier.item())
 
     trainer.add_callback(Watcher())
     trainer.train()
     assert len(drifts) == 12 and max(drifts) <= budget and max(drifts) > 0.5 * budget
     report = trainer.drift_report()
-    assert report.mean_relative_drift <= budget and report.budget_multiplier > 0
+    assert report.mean_relative_drift <= budget and report.budget_multiplier == multipliers[-1]
+    assert 0 < max(multipliers) <= 1.2, "it rose, by no more than 0.1 a step"
     assert all(torch.isfinite(torch.tensor(entry["loss"])) for entry in trainer.state.log_history if "loss" in entry)
 
 
@@ -49,31 +50,6 @@ def test_budget_that_is_never_reached_changes_nothing(tmp_path, tokenizer, train
     budgeted.train()
     for (name, a), b in zip(adapter_of(free).items(), adapter_of(budgeted).values(), strict=True):
         assert torch.equal(a, b), name
-
-
-def test_multiplier_rises_while_a_step_overshoots_and_falls_while_there_is_room():
-    budget, B = DriftBudget(1.0, torch.device("cpu")), torch.ones(3)
-    budget.after_step(torch.tensor(4.0), [B])
-    assert (
-        budget.multiplier.item() == pytest.approx(0.3) and B[0].item() == pytest.approx(0.5, rel=1e-3) and B[0] < 0.5
-    )
-    budget.after_step(torch.tensor(0.5), [B])
-    assert budget.multiplier.item() == pytest.approx(0.25) and B[0].item() == pytest.approx(0.5, rel=1e-3)
-    drift = torch.tensor(0.8, requires_grad=True)
-    (gradient,) = torch.autograd.grad(budget.penalty(drift), drift)
-    assert gradient.item() == pytest.approx(0.25)
-    for _ in range(9):
-        budget.after_step(torch.tensor(0.0), [B])
-    assert budget.multiplier.item() == 0 and torch.isfinite(B).all()
-
-
-def test_budget_is_kept_where_its_float32_rounds_up():
-    """float32(1e-3) is above 1e-3: a drift of exactly that is over the budget."""
-    budget, B = DriftBudget(1e-3, torch.device("cpu")), torch.ones(3)
-    drift = torch.tensor(1e-3, dtype=torch.float32)
-    assert drift.item() > 1e-3
-    budget.after_step(drift, [B])
-    assert (drift.double() * B[0].double() ** 2).item() <= 1e-3 and B[0] > 0.999999
 
 
 OPTIONS = {
