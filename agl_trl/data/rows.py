@@ -103,7 +103,9 @@ def read_columns(row: Mapping[str, Any]) -> dict[str, Any]:
         next(((column,) for column in ("messages", "text", "prompt") if column in columns), ()),
     )
     if not used:
-        raise RowError(f"{name} has no known format, but the columns {', '.join(sorted(columns))}; use {FORMATS}.")
+        raise RowError(
+            f"{name} has the columns {', '.join(sorted(columns))}, which make no known format; use {FORMATS}."
+        )
     if "chosen" in used and "rejected" in columns:
         used = (*used, "rejected")
     elif used == ("chosen",):

@@ -135,7 +135,7 @@ def test_unreadable_rows_and_adapters_are_one_sentence(demo_folder, tmp_path, mo
     Dataset.from_list([{"sentence": "x"}]).to_json(tmp_path / "other.jsonl")
     for arguments, message in (
         (["fisher", "--model", "miniworld", "--dataset", tmp_path / "broken.jsonl"], "Can't read rows from"),
-        (["fisher", "--model", "miniworld", "--dataset", tmp_path / "other.jsonl"], "have no known format"),
+        (["fisher", "--model", "miniworld", "--dataset", tmp_path / "other.jsonl"], "which make no known format"),
         (
             ["drift", "--base", "miniworld", "--adapter", demo_folder, "--prompts", tmp_path / "other.jsonl"],
             "sentence",

@@ -58,7 +58,7 @@ def test_long_rows_lose_their_end_and_must_keep_an_answer(tokenizer):
     for length in (9, 4):
         with pytest.raises(ValueError, match=rf"no token of an answer within {length} tokens: raise `max_length`"):
             tokenize_row(row, tokenizer, length)
-    with pytest.raises(ValueError, match="A row with the columns .* has no known format"):
+    with pytest.raises(ValueError, match="A row with the columns .* has the columns .*, which make no known format"):
         tokenize_row({"question": "a", "answer": "b"}, tokenizer)
 
 

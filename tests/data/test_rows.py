@@ -205,7 +205,10 @@ def test_an_answer_by_another_name_is_the_completion(column, tokenizer):
             "Row 1 has the column 'chosen', but neither 'prompt' nor 'rejected' to tell its answer from.",
         ),
         ({"prompt": "Bread?"}, "Row 1 has a prompt and no answer."),
-        ({"conversations": []}, "Row 1 has no known format, but the columns conversations; use prompt-completion "),
+        (
+            {"conversations": []},
+            "Row 1 has the columns conversations, which make no known format; use prompt-completion ",
+        ),
         (
             {"messages": WHOLE[0], "chat_template_kwargs": 5},
             "Row 1: 'chat_template_kwargs' holds 5, not names and values.",

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
 
 from agl_trl import estimate_fisher
 from agl_trl.data.alignment import AlignmentRow, batches, tokenize_row
@@ -35,10 +36,14 @@ def test_shards_add_up_to_the_whole(tokenizer, alignment_rows):
 
 
 def test_layer_without_tokens_is_named(tokenizer, alignment_rows):
+    """Of an adapter it can't be guarded; of a plain model it is left out."""
     model = tiny_model()
     model.model.layers[1].unused = torch.nn.Linear(32, 32)
+    statistics = estimate_fisher(model, alignment_rows, tokenizer, progress=False)
+    assert statistics.metadata["skipped_layers"] == ["model.layers.1.unused"]
+    adapted = get_peft_model(model, LoraConfig(r=2, target_modules="all-linear"))
     with pytest.raises(ValueError, match=r"'model\.layers\.1\.unused' saw no tokens"):
-        estimate_fisher(model, alignment_rows, tokenizer, progress=False)
+        estimate_fisher(adapted, alignment_rows, tokenizer, progress=False)
 
 
 def test_layers_that_read_the_same_input_share_it(tokenizer, alignment_rows):

@@ -157,7 +157,7 @@ def test_sampled_labels_follow_the_model(tokenizer):
 @pytest.mark.parametrize(
     ("rows", "message"),
     [
-        ([{"question": "a", "answer": "b"}], "Row 0 has no known format, but the columns answer, question"),
+        ([{"question": "a", "answer": "b"}], "Row 0 has the columns answer, question, which make no known format"),
         ([], "no row to protect"),
         ([{"prompt": "a", "completion": "b", "unsafe": False}], "no row to protect"),
     ],

@@ -233,7 +233,7 @@ def test_plain_arguments_become_protected_ones(given, extra, tmp_path, tokenizer
     ("change", "message"),
     [
         (dict(peft_config=None), "there is none: pass `peft_config"),
-        (dict(alignment_dataset=Dataset.from_list([{"q": "a"}])), r"columns \['q'\] have no known format"),
+        (dict(alignment_dataset=Dataset.from_list([{"q": "a"}])), "has the columns q, which make no known format"),
         (dict(peft_config=lora(use_dora=True)), "uses the LoRA variant Dora"),
         (dict(peft_config=lora(init_lora_weights="pissa")), "init_lora_weights='pissa'"),
         (dict(peft_config=lora(target_modules=["embed_tokens", "q_proj"])), "guards linear layers only"),
