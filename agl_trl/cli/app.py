@@ -143,8 +143,8 @@ def drift(
 def project(
     adapter: Annotated[str, typer.Argument(help="Folder or Hub id of the adapter.")],
     base: Annotated[str, typer.Option(help=f"Base model folder or Hub id; {MINIWORLD_HELP}.")],
-    budget: Annotated[float, typer.Option(help="Largest mean relative drift of the repaired copy.")],
-    output_dir: Annotated[Path, typer.Option(help="Folder of the repaired copy.")],
+    budget: Annotated[float, typer.Option(help="Largest mean relative drift of the projected copy.")],
+    output_dir: Annotated[Path, typer.Option(help="Folder of the projected copy.")],
     fisher: Annotated[str | None, typer.Option(help="Fisher statistics; default: the adapter's own.")] = None,
 ) -> None:
     """Write a copy of an adapter that is shrunk to a drift budget, without data and without training."""

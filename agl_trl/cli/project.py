@@ -39,7 +39,7 @@ def project(*, adapter: str, base: str, budget: float, output_dir: Path, fisher:
     check_writable(output_dir)
     folder = adapter_folder(adapter)
     if output_dir.resolve() == folder.resolve():
-        raise ArtifactError(f"The repaired copy must not overwrite '{folder}': name another `--output-dir`.")
+        raise ArtifactError(f"The projected copy must not overwrite '{folder}': name another `--output-dir`.")
 
     statistics = FisherStatistics.from_pretrained(fisher or folder)
     model = load_adapter(load_model(base)[0], folder)

@@ -1,4 +1,4 @@
-"""Repairing an adapter after the fact: shrink a trained update to a drift budget, without data and without training."""
+"""Projecting an adapter after the fact: shrink a trained update to a drift budget, without data and without training."""
 
 import shutil
 from collections import Counter
@@ -129,7 +129,7 @@ def write_projected(
         `OSError`: If the copy can't be written.
     """
     if target.resolve() == source.resolve():
-        raise ArtifactError(f"The repaired copy must not overwrite '{source}': name another `--output-dir`.")
+        raise ArtifactError(f"The projected copy must not overwrite '{source}': name another `--output-dir`.")
     layers = adapted_layers(model)
     with safe_open(source / ADAPTER_FILE, "pt") as file:
         stored, metadata = {name: file.get_tensor(name) for name in file.keys()}, file.metadata()  # noqa: SIM118

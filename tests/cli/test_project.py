@@ -12,7 +12,7 @@ from agl_trl.miniworld import heldout_prompts, load_model, load_tokenizer
 from tests.helpers.commands import command
 
 
-def test_command_writes_a_repaired_copy(demo_folder, tmp_path, monkeypatch, capsys):
+def test_command_writes_a_projected_copy(demo_folder, tmp_path, monkeypatch, capsys):
     source, target = demo_folder / "lora", tmp_path / "repaired"
     before = sha256(source / "adapter_model.safetensors")
     arguments = ("project", source, "--base", "miniworld", "--fisher", demo_folder, "--budget", 1e-4)

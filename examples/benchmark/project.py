@@ -2,7 +2,7 @@
 A drifted adapter shrunk to ever smaller budgets after training: what comes back, and what the task pays:
 
     agl-trl demo --output-dir outputs/demo
-    python -m examples.benchmark.repair --folder outputs/demo
+    python -m examples.benchmark.project --folder outputs/demo
 """
 
 from pathlib import Path
