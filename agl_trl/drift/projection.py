@@ -15,7 +15,7 @@ from ..artifacts.files import ADAPTER_FILE, FOLDER, ArtifactError, write_atomica
 from ..fisher.statistics import FisherStatistics
 from ..modeling.lora import AdaptedLayer, adapted_layers
 from ..objective.covariance import LowRankCovariance
-from .report import mean_of_moved
+from .parts import mean_of_moved
 
 
 STRONGEST = 1e30  # ν beyond which nothing changes any more

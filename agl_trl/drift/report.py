@@ -1,7 +1,6 @@
 """DriftReport: how far an adapter has moved the model, in weight space per layer and in behaviour per prompt."""
 
 from dataclasses import dataclass, field
-from math import isnan
 from os import PathLike
 from pathlib import Path
 from typing import Any, Self
@@ -22,7 +21,7 @@ from ..artifacts.files import (
 )
 from ..artifacts.schema import read_artifact
 from ..evaluation.behaviour import Behaviour
-from ..evaluation.verdict_counts import verdict_notes
+from ..evaluation.summary import behaviour_lines
 from ..fisher.statistics import FisherStatistics
 from ..modeling.lora import (
     AdaptedLayer,
@@ -34,37 +33,12 @@ from ..modeling.lora import (
     one_frozen,
 )
 from ..modeling.trained_tensors import changed_tensors, same_but_for_rounding
-from ..objective.alignguard import Coefficients
-from ..objective.collision import FrozenWeights, riemannian_overlap
-from ..objective.decomposition import Update, critical_inner, critical_mask, inner, project, subtract
-from ..objective.quadratic_form import LayerMetric
+from ..objective.decomposition import Update, inner
+from .parts import mean_of_moved, update_parts
 from .schema import PER_LAYER, PER_PROMPT, check_drift
 
 
-OVERLAP_ROWS = 256
 FISHER_ENERGY = 0.9  # share of the trace of 𝓕 that spans the alignment-critical subspace
-
-
-def mean_of_moved(drift: Tensor) -> Tensor:
-    """
-    Mean of the relative drifts of layers over those that are not 0, a scalar; 0 where no layer has moved. Which layers of a
-    checkpoint were adapted is not known: this is the mean over the adapted ones, as training logs it, as soon as all have moved.
-    """
-    return drift.sum() / (drift > 0).sum().clamp_min(1)
-
-
-def _parts(update: Update, metric: LayerMetric, energy: float, weights: FrozenWeights) -> tuple[Tensor, Tensor]:
-    """Alignment energy of one update and the overlap of its two parts."""
-    mask = critical_mask(metric, energy)
-    aligned = project(update, metric, mask)
-    whole, critical, other = (Update(p.A[None], p.B[None]) for p in (update, aligned, subtract(update, aligned)))
-    d_out = update.B.shape[-2]
-    rows = torch.linspace(0, d_out - 1, min(d_out, OVERLAP_ROWS), device=update.B.device).round().long()
-    shape = Coefficients(alignment=0.0, task=0.0)
-    overlap = riemannian_overlap(
-        whole, critical, other, weights, beta=shape.beta, threshold=shape.threshold, width=shape.width, rows=rows
-    )
-    return (critical_inner(update, update, metric, mask) / metric.weight_norm**2).cpu(), overlap.squeeze(0).cpu()
 
 
 @dataclass
@@ -137,7 +111,7 @@ class DriftReport:
         parts = []
         for layer, (A, B, scaling), weights in zip(layers, factors, each_frozen(layers), strict=True):
             update = Update(A.float(), B.float() * scaling)
-            parts.append(_parts(update, statistics.metric(layer.name, update.A.device), fisher_energy, weights))
+            parts.append(update_parts(update, statistics.metric(layer.name, update.A.device), fisher_energy, weights))
         beside = {tensor.name: tensor.relative_change() for tensor in layers[0].beside}
         uncovered = {name: change for name, change in beside.items() if change > 0}
         return cls._from_parts([layer.name for layer in layers], drift, parts, statistics, fisher_energy, uncovered)
@@ -177,7 +151,7 @@ class DriftReport:
             metric = statistics.metric(name, W.device)
             drifts.append((inner(update, update, metric) / metric.weight_norm**2).cpu())
             names.append(name)
-            parts.append(_parts(update, metric, fisher_energy, one_frozen(W)))
+            parts.append(update_parts(update, metric, fisher_energy, one_frozen(W)))
         if not names:
             raise ValueError("The Fisher statistics cover no layer of this base model: they are of another one.")
         uncovered = changed_tensors(base, tuned, without={f"{name}.weight" for name in names})
@@ -248,26 +222,7 @@ class DriftReport:
                 f"(by {self.uncovered[farthest]:.1e} of its norm)"
             )
         if self.behaviour is not None:
-            for unsafe, label in ((True, "refuses unsafe"), (False, "refuses safe")):
-                if (self.behaviour.unsafe == unsafe).any():
-                    base, tuned = (self.behaviour.refusal(t, unsafe) for t in (False, True))
-                    low, high = tuned.interval
-                    lines.append(
-                        f"{label:<21} {base.value:.1%} before, {tuned.value:.1%} after (95 % interval {low:.1%} to {high:.1%}, "
-                        f"{tuned.total} prompts, paired p {self.behaviour.paired_p_value(unsafe):.2g}); "
-                        f"KL {self.behaviour.mean_kl(unsafe):.3f} nats per token"
-                    )
-            lines += verdict_notes(self.behaviour.metadata, len(self.behaviour.categories))
-            chosen = self.behaviour.unsafe
-            margins = [m[chosen].mean().item() for m in (self.behaviour.margin_base, self.behaviour.margin_tuned)]
-            if chosen.any() and not isnan(margins[0]):
-                lines.append(
-                    f"refusal margin        {margins[0]:+.2f} before, {margins[1]:+.2f} after (nats, unsafe prompts)"
-                )
-            deepest = int(self.behaviour.hidden_drift.argmax())
-            lines.append(
-                f"hidden states         moved most after layer {deepest}: 1 - cos {self.behaviour.hidden_drift[deepest].item():.3f}"
-            )
+            lines += behaviour_lines(self.behaviour)
         return "\n".join(lines)
 
     def save_pretrained(self, save_directory: str | PathLike) -> Path:

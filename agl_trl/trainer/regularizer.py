@@ -56,22 +56,24 @@ class Regularizer:
         gathered = any(isinstance(parameter, DTensor) for parameter in self.parameters)
         self._factors = None if moving or gathered else [layer.factors() for layer in layers]
         factors = self.factors()
-        metrics = [statistics.kept_metric(layer.name) for layer in layers]
         coefficients = coefficients_of(config)
-        # The complete form is the relative drift itself, whose gradient has a closed form.
         self.objective: AlignGuardObjective | PaperObjective | None = None
+        self.drift: RelativeDrift
         if config.variant == "paper":
             self.objective = PaperObjective([statistics.outputs[layer.name] for layer in layers], factors)
-        elif not coefficients.complete:
+            self.drift = statistics.drift_of(layers)
+        elif coefficients.complete:  # the relative drift itself, whose gradient has a closed form
+            self.drift = statistics.drift_of(layers)
+        else:
             self.objective = AlignGuardObjective(
                 coefficients,
-                metrics,
+                [statistics.kept_metric(layer.name) for layer in layers],
                 factors,
                 None if task_statistics is None else [task_statistics.kept_metric(layer.name) for layer in layers],
                 frozen_weights(layers) if coefficients.needs_weights else None,
                 seed=seed,
             )
-        self.drift: RelativeDrift = statistics.drift_of(layers)
+            self.drift = RelativeDrift([stack.group for stack in self.objective.stacks])  # statistics are held once
         self.alignment = torch.tensor(coefficients.alignment, device=factors[0].A.device)  # λ_A, for the complete form
         self._inputs: tuple[int, list[InputSide]] | None = None  # of the current A, and its version
         self.budget: DriftBudget | None = None

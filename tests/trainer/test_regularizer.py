@@ -52,6 +52,15 @@ def test_budget_that_is_never_reached_changes_nothing(tmp_path, tokenizer, train
         assert torch.equal(a, b), name
 
 
+def test_terms_and_budget_hold_the_statistics_once(tmp_path, tokenizer, train_rows, alignment_rows):
+    options = dict(alignment_coef=3.0, task_coef=1.0, drift_budget=1e-3, max_steps=1)
+    trainer = agl_trainer(tmp_path, tokenizer, train_rows, alignment_rows, **options)
+    trainer.train()
+    regularizer = trainer.align_guard.regularizer
+    for stack, group in zip(regularizer.objective.stacks, regularizer.drift.groups, strict=True):
+        assert stack.group.kept.input.eigenvectors.data_ptr() == group.kept.input.eigenvectors.data_ptr()
+
+
 OPTIONS = {
     "two weights": dict(task_coef=0.3),
     "identity": dict(task_metric="identity"),
