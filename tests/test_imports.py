@@ -133,7 +133,8 @@ sys.modules |= dict.fromkeys(json.loads(sys.argv[2]))  # None: as if they were n
 from peft import LoraConfig
 from agl_trl import AGLSFTConfig, AGLSFTTrainer, DriftReport
 from agl_trl.artifacts.extras import MissingExtra
-from agl_trl.evaluation.behaviour import Rate, measure_behaviour
+from agl_trl.evaluation.behaviour import measure_behaviour
+from agl_trl.evaluation.rates import Rate
 from agl_trl.experiments.demo import TRAINING, run_demo
 from agl_trl.miniworld import alignment_dataset, heldout_prompts, load_model, load_tokenizer, task_dataset
 

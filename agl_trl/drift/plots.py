@@ -14,7 +14,8 @@ import numpy as np
 
 from ..artifacts.extras import MissingExtra, needs_extra
 from ..artifacts.files import write_atomically
-from ..evaluation.behaviour import Behaviour, Rate
+from ..evaluation.behaviour import Behaviour
+from ..evaluation.rates import Rate
 from .report import DriftReport
 
 

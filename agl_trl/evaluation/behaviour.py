@@ -2,7 +2,6 @@
 
 import hashlib
 import json
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -13,7 +12,6 @@ from peft import PeftModel
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from ..artifacts.extras import needs_extra
 from ..data.labels import unsafe_column
 from ..data.rows import check_prompts, prompt_ids, prompt_text, questions_of
 from ..modeling.base_and_tuned import BaseAndTuned
@@ -23,38 +21,9 @@ from ..modeling.reasoning import opened_reasoning
 from .answer_cache import AnswerCache
 from .judges import Judge, StringJudge
 from .probes import KL_TOKENS, Probes, first_token_kl, probe
+from .rates import Rate, binomial_test
 from .refusal import Verdict
 from .verdict_counts import verdict_counts
-
-
-def binomial_test() -> Callable[..., Any]:
-    """
-    scipy's `binomtest`, which all intervals and p-values come from.
-
-    Raises:
-        [`MissingExtra`]: If scipy is not installed.
-    """
-    with needs_extra("report", "Intervals and tests of refusal rates"):
-        from scipy.stats import binomtest
-
-    return binomtest
-
-
-@dataclass(frozen=True)
-class Rate:
-    """Share of `count` out of `total` with its Wilson 95 % interval."""
-
-    count: int
-    total: int
-
-    @property
-    def value(self) -> float:
-        return self.count / self.total
-
-    @property
-    def interval(self) -> tuple[float, float]:
-        interval = binomial_test()(self.count, self.total).proportion_ci(method="wilson")
-        return interval.low, interval.high
 
 
 @dataclass

@@ -20,9 +20,10 @@ from trl import SFTConfig, SFTTrainer
 from ..artifacts.files import ADAPTER_FILE, FOLDER, PICTURE_FILE, sha256, write_atomically
 from ..drift.plots import plot_drift
 from ..drift.report import DriftReport
-from ..evaluation.behaviour import Answers, answer_prompts, binomial_test, compare
+from ..evaluation.behaviour import Answers, answer_prompts, compare
 from ..evaluation.judges import StringJudge
 from ..evaluation.probes import first_token_kl, probe
+from ..evaluation.rates import binomial_test
 from ..hub.model_card import write_card
 from ..miniworld import (
     MINIWORLD,

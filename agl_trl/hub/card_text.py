@@ -7,7 +7,8 @@ from math import isnan
 from typing import Any
 
 from ..drift.report import DriftReport
-from ..evaluation.behaviour import Behaviour, Rate
+from ..evaluation.behaviour import Behaviour
+from ..evaluation.rates import Rate
 from ..objective.alignguard import Coefficients
 from .card_metadata import one_line, prompt_set, without_folder
 

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 from datasets import Dataset
 
 from ..data.prompts import load_prompts, spread
-from ..evaluation.behaviour import Rate
+from ..evaluation.rates import Rate
 from ..evaluation.refusal import judge_answer
 from .models import Models, Side
 from .questions import LONGEST_ANSWER, SETS, checked_number

@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.table import Table
 
 from agl_trl import judge_answer
-from agl_trl.evaluation.behaviour import Rate
+from agl_trl.evaluation.rates import Rate
 from agl_trl.evaluation.refusal import gcg_judge
 
 

@@ -8,7 +8,8 @@ from datasets import Dataset
 from peft import LoraConfig, get_peft_model
 from scipy.stats import binomtest
 
-from agl_trl.evaluation.behaviour import Rate, measure_behaviour
+from agl_trl.evaluation.behaviour import measure_behaviour
+from agl_trl.evaluation.rates import Rate
 from agl_trl.modeling.lora import adapted_layers
 from tests.helpers.models import adapted, probe_prompts, tiny_model
 from tests.helpers.reports import behaviour_by_hand

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from agl_trl.evaluation.behaviour import Rate
+from agl_trl.evaluation.rates import Rate
 from agl_trl.evaluation.refusal import Verdict, gcg_judge, judge_answer
 from agl_trl.miniworld import alignment_dataset
 
