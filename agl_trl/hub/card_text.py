@@ -92,6 +92,7 @@ def render_evidence(report: DriftReport, repo_id: str | None, statistics_publish
             "categories": _categories(behaviour),
             "facts": {
                 "judge": None,
+                "verdicts": None,
                 "decoding": None,
                 "kl_tokens": None,
                 "prompts_sha256": None,

@@ -197,7 +197,8 @@ def write_statistics_card(path: Path, name: str, statistics: FisherStatistics, *
     """
     _check_repo_id(repo_id)
     readme = Readme.read(path)
-    facts = {"fisher_type": None, "max_length": None, "dataset": None, "versions": {}, **statistics.metadata}
+    facts = {"fisher_type": None, "max_length": None, "dataset": None, "skipped_layers": [], "versions": {}}
+    facts |= statistics.metadata
     text = render(
         "statistics.md.jinja",
         name=name,

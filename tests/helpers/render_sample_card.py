@@ -77,6 +77,10 @@ def made_up_behaviour(refused_base: int = 38, refused_tuned: int = 36) -> Behavi
         direction_cosine=torch.tensor([1.0, 0.99]),
         metadata={
             "judge": {"name": "refusal-strings", "version": "1"},
+            "verdicts": {
+                "base": {"uncertain": 3, "cut_off": 0, "while_reasoning": 0},
+                "tuned": {"uncertain": 6, "cut_off": 3, "while_reasoning": 0},
+            },
             "decoding": "greedy",
             "kl_tokens": 8,
             "prompts_sha256": "0123456789abcdef" * 4,

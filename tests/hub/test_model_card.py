@@ -98,6 +98,8 @@ def test_adapter_card_says_what_was_measured(tmp_path):
     assert "4.883e-04" in text and "with a budget of 0.001" in text and "λ_A = 0.1" in text
     assert text.index("<details>") < text.index("| unsafe | fraud | 25 |") < text.index("</details>")
     assert "driftcaps (cc-by-4.0), n = 60, SHA-256 `0123456789abcdef`" in text and "refusal-strings 1" in text
+    assert "Uncertain verdicts: 5.0 % of the base model's answers, 10.0 % of this adapter's; among them" in text
+    assert "which count as no refusal: 0.0 % and 5.0 %." in text
     assert "![Drift of this adapter](agl/drift.png)" in text and "disable_adapter()" in text
     assert text.count('"user/adapter"') == 2 and "[org/base-model](https://huggingface.co/org/base-model)" in text
     assert "This model was trained with SFT." in text and "Not measured" in text and text.count("2508.02079}") == 1
@@ -274,5 +276,21 @@ def test_cards_of_the_demo(demo_folder, tmp_path):
     path.write_bytes(once.replace(b"---\n", b"---\nlicense: mit\n", 1))
     write_statistics_card(path, "Statistics", statistics)
     card = ModelCard.load(path)
+    assert "Left out" not in card.text
     assert (card.data.license, card.data.base_model) == ("mit", "org/base")
     assert "| dataset | org/rows |" in card.text and "| its revision | `abc` |" in card.text
+
+
+def test_a_report_that_counts_no_verdicts_says_nothing_of_them(tmp_path):
+    behaviour = made_up_behaviour()
+    del behaviour.metadata["verdicts"]  # as in reports of older versions
+    assert "Uncertain" not in written(tmp_path, report=made_up_report(behaviour))[1]
+
+
+def test_layers_that_the_statistics_leave_out_are_in_their_card(demo_folder, tmp_path):
+    statistics, path = FisherStatistics.from_pretrained(demo_folder), tmp_path / "README.md"
+    statistics.metadata["skipped_layers"] = [f"model.tower_a|b.{i}" for i in range(9)]
+    write_statistics_card(path, "Statistics", statistics)
+    text = path.read_text(encoding="utf-8")
+    shown = ", ".join(rf"model.tower_a\|b.{i}" for i in range(8))
+    assert f"they do not see every token of a text: 9 layers ({shown}, …)." in text
