@@ -184,10 +184,7 @@ class FisherStatistics:
                 )
         for name, module in layers.items():
             if name not in self.input_of:
-                raise ArtifactError(
-                    f"The Fisher statistics cover {len(self.input_of)} layers, but not '{name}', which the adapter changes: "
-                    "estimate them for all layers the adapter uses."
-                )
+                raise ArtifactError(self._uncovered(name, head=module is model.get_output_embeddings()))
             if tuple(self.metadata["shapes"][name]) != layer_shape(module):
                 raise ArtifactError(
                     f"The Fisher statistics are of another base model: layer '{name}' has shape {self.metadata['shapes'][name]} "
@@ -199,6 +196,20 @@ class FisherStatistics:
                     f"The Fisher statistics are of other weights: the norm of layer '{name}' is {self.weight_norm[name]:.4g} there "
                     f"and {norm:.4g} here."
                 )
+
+    def _uncovered(self, name: str, *, head: bool) -> str:
+        """Sentence for a layer that an adapter changes and the statistics do not cover."""
+        if name in self.metadata.get("skipped_layers", ()):
+            return (
+                f"The Fisher statistics leave out '{name}', which the adapter changes, because it does not see every token of a "
+                "text: leave it out of `target_modules`."
+            )
+        of_plain = ", as those of a plain model never do" if head else ""
+        return (
+            f"The Fisher statistics cover {len(self.input_of)} layers, but not {'the output head ' if head else ''}'{name}', which "
+            f"the adapter changes{of_plain}: let them be taken for this adapter (`agl-trl drift` without `--fisher`, a trainer "
+            "without `fisher_path`), or leave it out of `target_modules`."
+        )
 
 
 def _told(value: Any) -> str:

@@ -8,7 +8,7 @@ from peft import LoraConfig, PeftModel
 from transformers import PrinterCallback
 from trl import SFTConfig, SFTTrainer
 
-from agl_trl import DriftReport, FisherStatistics
+from agl_trl import DriftReport, FisherStatistics, estimate_fisher
 from agl_trl.data.alignment import driftcaps_requests
 from agl_trl.evaluation.behaviour import measure_behaviour
 from agl_trl.experiments.demo import LORA, TRAINING
@@ -181,6 +181,34 @@ def test_lora_on_the_head_of_a_foreign_adapter_is_measured(tmp_path, monkeypatch
     assert code == 0, err
     report = DriftReport.from_pretrained(tmp_path / "out")
     assert "lm_head" in report.layers and report.num_moved == 3 and not report.uncovered
+
+
+def test_published_statistics_without_the_head_are_told_with_what_to_do(
+    tmp_path, tokenizer, alignment_rows, monkeypatch, capsys
+):
+    """Of an adapter it is refused; of a checkpoint the head is named beside the drift."""
+    from tests.helpers.models import tiny_model
+
+    arguments = tiny_world(tmp_path, target_modules=["q_proj", "lm_head"])
+    estimate_fisher(tiny_model(), alignment_rows, tokenizer, progress=False).save_pretrained(tmp_path / "statistics")
+    fisher = ("--fisher", tmp_path / "statistics")
+    code, _, err = command(monkeypatch, capsys, *arguments, *fisher)
+    assert code == 1 and "not the output head 'lm_head'" in err and "`agl-trl drift` without `--fisher`" in err, err
+    assert not (tmp_path / "out").exists()
+    merged = PeftModel.from_pretrained(tiny_model(), tmp_path / "adapter").merge_and_unload()
+    merged.save_pretrained(tmp_path / "merged")
+    tokenizer.save_pretrained(tmp_path / "merged")
+    checkpoint = (
+        "drift",
+        "--base",
+        tmp_path / "base",
+        "--tuned",
+        tmp_path / "merged",
+        "--output-dir",
+        tmp_path / "out",
+    )
+    code, out, err = command(monkeypatch, capsys, *checkpoint, *fisher)
+    assert code == 0 and "most of all lm_head.weight" in out, err
 
 
 @pytest.mark.parametrize("own", [True, False])

@@ -119,3 +119,18 @@ def test_layers_that_are_not_covered_are_named(tokenizer, alignment_rows):
     with pytest.raises(ArtifactError, match=r"cover 4 layers, but not 'model\.layers\.0\.self_attn\.k_proj'"):
         statistics.check_fits(every, linear_layers(every))
     statistics.check_fits(some, linear_layers(some))
+
+
+def test_what_published_statistics_leave_out_is_told_with_what_to_do(tokenizer, alignment_rows):
+    """Of a plain model: without the head, and without what does not see every token."""
+    statistics = estimate_fisher(tiny_model(), alignment_rows, tokenizer, progress=False)
+    model = get_peft_model(tiny_model(), LoraConfig(target_modules=["q_proj", "lm_head"]))
+    with pytest.raises(
+        ArtifactError, match="not the output head 'lm_head'.*`agl-trl drift` without `--fisher`, a trainer"
+    ):
+        statistics.check_fits(model, linear_layers(model))
+    name = "model.layers.1.self_attn.q_proj"
+    del statistics.input_of[name]
+    statistics.metadata["skipped_layers"] = [name]
+    with pytest.raises(ArtifactError, match=f"leave out '{name}'.*does not see every token.*out of `target_modules`"):
+        statistics.check_fits(model, linear_layers(model))

@@ -14,7 +14,7 @@ from transformers import (
 )
 from trl import RewardConfig, RewardTrainer
 
-from agl_trl import AlignGuardCallback, AlignGuardConfig, DriftReport, FisherStatistics
+from agl_trl import AlignGuardCallback, AlignGuardConfig, DriftReport, FisherStatistics, estimate_fisher
 from agl_trl.artifacts.files import ArtifactError, sha256
 from agl_trl.trainer.gradients import add_gradients, unscale
 from tests.helpers.models import SMALL, preference_rows, tiny_model
@@ -157,6 +157,16 @@ def test_published_statistics_need_neither_rows_nor_tokenizer(tmp_path, tokenize
     trainer.train()
     files = [tmp_path / name / "agl" / "fisher.safetensors" for name in ("first", "second")]
     assert sha256(files[0]) == sha256(files[1]) and second.report.mean_relative_drift > 0
+
+
+def test_published_statistics_do_not_guard_the_head(tmp_path, tokenizer, rows, alignment_rows):
+    estimate_fisher(tiny_model(), alignment_rows, tokenizer, progress=False).save_pretrained(tmp_path / "published")
+    model = get_peft_model(tiny_model(), LoraConfig(r=2, target_modules=["q_proj", "lm_head"]))
+    guard = AlignGuardCallback(AlignGuardConfig(fisher_path=str(tmp_path / "published")))
+    with pytest.raises(
+        ArtifactError, match="not the output head 'lm_head'.*without `fisher_path`.*leave it out of"
+    ):
+        plain_trainer(tmp_path / "run", tokenizer, rows, guard, model).train()
 
 
 def test_continued_adapter_is_measured_from_where_it_started(tmp_path, tokenizer, rows, alignment_rows):
