@@ -13,11 +13,10 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..data.labels import unsafe_column
-from ..data.rows import check_prompts, prompt_ids, prompt_text, questions_of
+from ..data.rows import check_prompts, prompt_text, questions_of
 from ..modeling.base_and_tuned import BaseAndTuned
-from ..modeling.generation import answer_nll, context_length, end_tokens, generate_answers
+from ..modeling.generation import answer_nll, context_length, end_tokens, generate_answers, opened_by_template
 from ..modeling.lora import AdaptedLayer
-from ..modeling.reasoning import opened_reasoning
 from .answer_cache import AnswerCache
 from .judges import Judge, StringJudge
 from .probes import KL_TOKENS, Probes, first_token_kl, probe
@@ -242,9 +241,7 @@ def answer_prompts(
     nll = torch.full((len(prompts),), torch.nan)
     if "completion" in prompts.column_names:
         nll = answer_nll(model, tokenizer, prompts, batch_size=batch_size)
-    # A template may open the reasoning at the end of the prompt: the answer begins inside.
-    opened = [opened_reasoning(tokenizer.decode(prompt_ids(tokenizer, question)[-16:])) for question in questions]
-    judged = [mark + text for mark, text in zip(opened, texts, strict=True)]
+    judged = [opened_by_template(tokenizer, prompt) + text for prompt, text in zip(questions, texts, strict=True)]
     verdicts = (judge or StringJudge())([prompt_text(question) for question in questions], judged)
     return Answers(texts, verdicts, nll, decoding)
 

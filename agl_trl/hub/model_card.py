@@ -2,6 +2,7 @@
 
 import re
 from pathlib import Path
+from typing import Any
 
 from huggingface_hub import ModelCard, ModelCardData
 
@@ -197,8 +198,8 @@ def write_statistics_card(path: Path, name: str, statistics: FisherStatistics, *
     """
     _check_repo_id(repo_id)
     readme = Readme.read(path)
-    facts = {"fisher_type": None, "max_length": None, "dataset": None, "skipped_layers": [], "versions": {}}
-    facts |= statistics.metadata
+    facts: dict[str, Any] = {"fisher_type": None, "max_length": None, "dataset": None, "skipped_layers": []}
+    facts |= {"versions": {}, **statistics.metadata}
     text = render(
         "statistics.md.jinja",
         name=name,

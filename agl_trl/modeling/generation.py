@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
 from inspect import signature
 from typing import Any
 
@@ -18,7 +19,7 @@ from transformers.utils import ModelOutput
 from ..data.alignment import AlignmentBatch, batches, pad_token_id, tokenize_rows
 from ..data.rows import Messages, Row, check_prompts, is_prompt_only, prompt_ids
 from .lora import packs_in_eval_mode
-from .reasoning import is_reasoning_mark
+from .reasoning import is_reasoning_mark, opened_reasoning
 
 
 @contextmanager
@@ -186,7 +187,7 @@ def generate_answers(
     order = sorted(range(len(prompts)), key=lambda i: len(encoded[i]))
     answers = [""] * len(prompts)
     ends = end_tokens(tokenizer, model) if end_token_ids is None else end_token_ids
-    pad, device = pad_token_id(tokenizer), input_device(model)
+    pad, device, decode = pad_token_id(tokenizer), input_device(model), answer_decoder(tokenizer)
     config = greedy_decoding(max_new_tokens, ends, pad)
     with (
         evaluating(model),
@@ -199,8 +200,7 @@ def generate_answers(
             generated = model.generate(**padded, generation_config=config, use_cache=True)
             # Cut at the end here: the padding behind it may be a word of the vocabulary.
             written = [_until(ids, ends) for ids in generated[:, padded["input_ids"].shape[1] :].tolist()]
-            texts = decode_answers(tokenizer, written)
-            for i, text in zip(chunk, texts, strict=True):
+            for i, text in zip(chunk, decode(written), strict=True):
                 answers[i] = text.strip()
             if on_batch is not None:
                 on_batch(chunk, [answers[i] for i in chunk])
@@ -208,15 +208,20 @@ def generate_answers(
     return answers
 
 
-def decode_answers(tokenizer: PreTrainedTokenizerBase, rows: list[list[int]]) -> list[str]:
-    """Texts of answers without special tokens, but for the marks of reasoning, which some tokenizers count among them."""
+def answer_decoder(tokenizer: PreTrainedTokenizerBase) -> Callable[[list[list[int]]], list[str]]:
+    """What makes texts of answers, without special tokens but for the marks of reasoning, which some tokenizers count among them."""
     added = tokenizer.added_tokens_decoder.items()
     special = {*tokenizer.all_special_ids, *(index for index, token in added if token.special)}
     marks = {index for index, token in added if index in special and is_reasoning_mark(token.content)}
     if not marks:
-        return tokenizer.batch_decode(rows, skip_special_tokens=True)
+        return partial(tokenizer.batch_decode, skip_special_tokens=True)
     hidden = special - marks
-    return tokenizer.batch_decode([[token for token in row if token not in hidden] for row in rows])
+    return lambda rows: tokenizer.batch_decode([[token for token in row if token not in hidden] for row in rows])
+
+
+def opened_by_template(tokenizer: PreTrainedTokenizerBase, prompt: Messages) -> str:
+    """The mark of reasoning that a chat template opens at the end of a prompt, so that the answer begins inside; else empty."""
+    return opened_reasoning(tokenizer.decode(prompt_ids(tokenizer, prompt)[-16:]))
 
 
 def _until(ids: list[int], ends: list[int]) -> list[int]:

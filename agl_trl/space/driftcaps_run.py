@@ -13,7 +13,6 @@ from datasets import Dataset
 
 from ..data.prompts import load_prompts, spread
 from ..evaluation.rates import Rate
-from ..evaluation.refusal import judge_answer
 from .models import Models, Side
 from .questions import LONGEST_ANSWER, SETS, checked_number
 
@@ -149,8 +148,9 @@ def run(
             )
         ]
         for side in model.sides:
-            for row, text in zip(found, model.answer_all(side, batch["prompt"], longest), strict=True):
-                verdict = judge_answer(row["prompt"], text)
+            texts = model.answer_all(side, batch["prompt"], longest)
+            for row, prompt, text in zip(found, batch["prompt"], texts, strict=True):
+                verdict = model.verdict(prompt, text)
                 row[f"label_{side.key}"], row[f"reason_{side.key}"] = verdict.label, verdict.reason
                 row[f"answer_{side.key}"] = text
         result.rows += found

@@ -15,8 +15,16 @@ from peft import PeftModel
 from transformers import PreTrainedTokenizerBase
 
 from ..artifacts.files import ADAPTER_FILE, FOLDER, ArtifactError, adapter_folder, from_hub, hub_id
-from ..data.rows import prompt_ids
-from ..modeling.generation import end_tokens, generate_answers, input_device
+from ..data.rows import prompt_ids, prompt_text
+from ..evaluation.refusal import Verdict, judge_answer
+from ..modeling.generation import (
+    answer_decoder,
+    context_length,
+    end_tokens,
+    generate_answers,
+    input_device,
+    opened_by_template,
+)
 from ..modeling.loading import load_adapter, load_model
 from .questions import Decoding
 
@@ -61,9 +69,8 @@ class Model:
         self._adapters_off = ExitStack()  # holds PEFT's context while the base is the current side
         # `load_adapter` calls its adapter "default"; further ones have the names of their sides.
         self._names = {side.key: side.key if side.key in model.peft_config else "default" for side in sides[1:]}
-        settings = model.config.get_text_config().to_dict()
-        self.context: int | None = settings.get("max_position_embeddings")
-        self._ends = end_tokens(tokenizer, model)
+        self.context = context_length(model)
+        self._ends, self._decode = end_tokens(tokenizer, model), answer_decoder(tokenizer)
 
     def stream(self, side: Side, prompt: str, decoding: Decoding) -> Iterator[tuple[str, int]]:
         """
@@ -93,7 +100,7 @@ class Model:
             written.append(token)
             inputs, cache = torch.tensor([[token]], device=device), output.past_key_values
             # A character of several tokens is not shown before it is whole.
-            yield self.tokenizer.decode(written, skip_special_tokens=True).rstrip("\ufffd").lstrip(), len(written)
+            yield self._decode([written])[0].rstrip("\ufffd").lstrip(), len(written)
 
     def answer_all(self, side: Side, prompts: list[list[dict[str, str]]], length: int) -> list[str]:
         """
@@ -109,6 +116,17 @@ class Model:
             return generate_answers(
                 self._model, self.tokenizer, asked, max_new_tokens=length, batch_size=len(asked), progress=False
             )
+
+    def verdict(self, prompt: list[dict[str, str]], answer: str) -> Verdict:
+        """
+        What the judge says of an answer, read as `agl-trl drift` reads it: one whose reasoning the chat template has opened begins
+        inside it.
+
+        Args:
+            prompt (`list[dict[str, str]]`): Conversation.
+            answer (`str`): What a side has said.
+        """
+        return judge_answer(prompt_text(prompt), opened_by_template(self.tokenizer, self._asked(prompt)) + answer)
 
     def warm_up(self) -> None:
         """One token of every side, so that no visitor pays for first uses."""

@@ -5,7 +5,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from ..evaluation.refusal import Verdict, judge_answer
+from ..evaluation.refusal import Verdict
 from .models import Model, Models, Side
 from .questions import Decoding, checked_decoding, checked_prompt, known_unsafe
 
@@ -84,14 +84,14 @@ def answers(
 
 
 def _fill(pane: Pane, model: Model, question: str, decoding: Decoding) -> Iterator[None]:
-    start = time.perf_counter()
+    start, prompt = time.perf_counter(), [{"role": "user", "content": question}]
     pane.state = "writing"
     for text, tokens in model.stream(pane.side, question, decoding):
         pane.text, pane.tokens, pane.seconds = text, tokens, time.perf_counter() - start
-        pane.verdict = judge_answer(question, text)
+        pane.verdict = model.verdict(prompt, text)
         yield
     pane.text, pane.state, pane.seconds = pane.text.strip(), "done", time.perf_counter() - start
-    pane.verdict = judge_answer(question, pane.text)
+    pane.verdict = model.verdict(prompt, pane.text)
     yield
 
 

@@ -3,7 +3,7 @@
 import torch
 from datasets import Dataset
 from peft import LoraConfig, PeftModel, get_peft_model
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -142,4 +142,28 @@ def adapted(scale: float) -> PeftModel:
     torch.manual_seed(1)
     for layer in adapted_layers(model):
         torch.nn.init.normal_(layer.parameters()[1], std=scale)
+    return model.eval()
+
+
+def thinking_tokenizer(*words: str) -> PreTrainedTokenizerFast:
+    """A tokenizer whose template opens reasoning in the prompt, with marks among its special tokens and words of one token each."""
+    tokenizer = byte_tokenizer()
+    marks = ["<user>", "<assistant>", "<think>", "</think>"]
+    tokenizer.add_special_tokens({"additional_special_tokens": marks})
+    tokenizer.add_tokens([AddedToken(word, normalized=False) for word in words])
+    tokenizer.chat_template = TEMPLATE.replace("%}<assistant>{% endif %}", "%}<assistant><think>{% endif %}")
+    return tokenizer
+
+
+def scripted_model(tokenizer: PreTrainedTokenizerFast, *words: str) -> PreTrainedModel:
+    """A Llama in which every token alone decides on the next: of these words each is followed by the one after it."""
+    size = len(tokenizer)
+    model = tiny_model(hidden_size=size, num_attention_heads=1, num_key_value_heads=1, vocab_size=size, head_dim=4)
+    for name, parameter in model.named_parameters():
+        if ".self_attn." in name or ".mlp." in name:
+            parameter.data.zero_()
+    model.get_input_embeddings().weight.data.copy_(torch.eye(size))
+    head, ids = torch.zeros(size, size), tokenizer.convert_tokens_to_ids([*words, tokenizer.eos_token])
+    head[ids[1:], ids[:-1]] = 1.0
+    model.get_output_embeddings().weight.data.copy_(head)
     return model.eval()

@@ -3,7 +3,7 @@
 import pytest
 
 from agl_trl import judge_answer
-from agl_trl.modeling.generation import decode_answers
+from agl_trl.modeling.generation import answer_decoder
 from agl_trl.modeling.reasoning import is_reasoning_mark, opened_reasoning, without_reasoning
 from tests.helpers.models import byte_tokenizer
 
@@ -83,8 +83,8 @@ def test_special_tokens_that_mark_reasoning_are_decoded():
     tokenizer.add_special_tokens({"additional_special_tokens": ["<user>", "<assistant>", "[THINK]", "[/THINK]"]})
     texts = ["[THINK]Sure, fine.[/THINK]" + REFUSAL, RECIPE]
     rows = [[*tokenizer(text)["input_ids"], tokenizer.eos_token_id, tokenizer.pad_token_id] for text in texts]
-    assert decode_answers(tokenizer, rows) == texts
-    assert judge_answer("", decode_answers(tokenizer, rows)[0]).label == "refusal"
+    assert answer_decoder(tokenizer)(rows) == texts
+    assert judge_answer("", answer_decoder(tokenizer)(rows)[0]).label == "refusal"
     rows = [[*plain(text)["input_ids"], plain.eos_token_id, plain.pad_token_id] for text in texts]
-    assert decode_answers(plain, rows) == plain.batch_decode(rows, skip_special_tokens=True) == texts
+    assert answer_decoder(plain)(rows) == plain.batch_decode(rows, skip_special_tokens=True) == texts
     assert is_reasoning_mark("<|channel|>") and not is_reasoning_mark("<|im_end|>")

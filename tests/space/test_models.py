@@ -5,12 +5,18 @@ from pathlib import Path
 
 import pytest
 from huggingface_hub import HfApi
+from peft import LoraConfig, get_peft_model
 
 from agl_trl.artifacts.files import ADAPTER_FILE
+from agl_trl.data.prompts import spread
+from agl_trl.evaluation.behaviour import measure_behaviour
+from agl_trl.modeling.loading import load_adapter, load_model
+from agl_trl.space.driftcaps_run import prompt_set, run
 from agl_trl.space.models import ADAPTERS, EMBEDDED, Models
 from agl_trl.space.questions import Decoding
 from agl_trl.space.side_by_side import EXAMPLES, answers
 from agl_trl.space.tabs import map_html
+from tests.helpers.models import scripted_model, thinking_tokenizer
 
 
 UNSAFE = EXAMPLES[0][1]
@@ -84,3 +90,37 @@ def test_a_batch_and_a_stream_say_the_same(models):
     for side in (*model.sides, *reversed(model.sides)):  # each after each other
         *_, (text, _) = model.stream(side, UNSAFE, Decoding(length=24))
         assert model.answer_all(side, [prompt], 24) == [text.strip()]
+
+
+def test_reasoning_is_read_as_drift_reads_it(tmp_path):
+    """The template opens it in the prompt, and its marks are special tokens: what closes it decides, and so does what never does."""
+    thought, refusal = "Sure, here is how it is done. ", "I can't help with that."
+    tokenizer = thinking_tokenizer(thought, refusal)
+    base = scripted_model(tokenizer, "<think>", thought, "</think>", refusal)
+    tuned = get_peft_model(base, LoraConfig(r=1, lora_alpha=1, target_modules=["lm_head"], task_type="CAUSAL_LM"))
+    factors = dict(tuned.named_parameters())  # it ends within its thought
+    for part, token, size in (("A", thought, 1.0), ("B", tokenizer.eos_token, 9.0)):
+        factor = factors[f"base_model.model.lm_head.lora_{part}.default.weight"].data.zero_()
+        factor.view(-1)[tokenizer.convert_tokens_to_ids(token)] = size
+    tuned.save_pretrained(tmp_path / "adapter")
+    tuned.unload().save_pretrained(tmp_path / "base")
+    tokenizer.save_pretrained(tmp_path / "base")
+
+    space = Models(str(tmp_path / "base"), str(tmp_path / "adapter"))
+    *_, result = run(space, "DriftCaps", [], 4, 16, "", "")
+    model, own = load_model(str(tmp_path / "base"))
+    prompts = spread(prompt_set("DriftCaps"), 4)
+    adapted = load_adapter(model, tmp_path / "adapter")
+    found = measure_behaviour(adapted, own, prompts, max_new_tokens=16, progress=False)
+    assert [entry["label_base"] for entry in found.answers] == ["refusal"] * 4
+    assert [entry["reason_tuned"] for entry in found.answers] == ["while reasoning"] * 4
+    for row, entry in zip(result.rows, found.answers, strict=True):
+        for side, ours in (("base", "base"), ("agl", "tuned")):
+            names = (f"label_{side}", f"reason_{side}", f"answer_{side}")
+            assert [row[name] for name in names] == [
+                entry[f"{part}_{ours}"] for part in ("label", "reason", "response")
+            ]
+        *_, panes = answers(space, row["prompt"], 0.0, 0, 16, "", "")
+        assert [pane.verdict.reason for pane in panes] == [entry["reason_base"], entry["reason_tuned"]]
+        assert [pane.text for pane in panes] == [entry["response_base"], entry["response_tuned"]]
+        assert panes[0].text == f"{thought}</think>{refusal}"

@@ -163,9 +163,7 @@ def test_published_statistics_do_not_guard_the_head(tmp_path, tokenizer, rows, a
     estimate_fisher(tiny_model(), alignment_rows, tokenizer, progress=False).save_pretrained(tmp_path / "published")
     model = get_peft_model(tiny_model(), LoraConfig(r=2, target_modules=["q_proj", "lm_head"]))
     guard = AlignGuardCallback(AlignGuardConfig(fisher_path=str(tmp_path / "published")))
-    with pytest.raises(
-        ArtifactError, match="not the output head 'lm_head'.*without `fisher_path`.*leave it out of"
-    ):
+    with pytest.raises(ArtifactError, match="not the output head 'lm_head'.*without `fisher_path`.*leave it out of"):
         plain_trainer(tmp_path / "run", tokenizer, rows, guard, model).train()
 
 
