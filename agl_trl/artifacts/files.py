@@ -36,6 +36,11 @@ FOLDER = "agl"  # next to it
 FISHER_FILE = "fisher.safetensors"
 DRIFT_FILE = "drift.safetensors"
 PICTURE_FILE = "drift.png"
+CHAT_TEMPLATE = "chat_template.jinja"
+TOKENIZER_FILES = (
+    *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", CHAT_TEMPLATE),
+    *("tokenizer.model", "spiece.model", "sentencepiece.bpe.model", "vocab.json", "vocab.txt", "merges.txt"),
+)
 TAG = "alignguard-lora"  # of models and cards on the Hub
 
 
@@ -256,14 +261,14 @@ def find_artifact(
 
 def adapter_folder(location: str | os.PathLike, revision: str | None = None) -> Path:
     """
-    Folder of an adapter given itself, or the id of its repo on the Hub, of which adapter and evidence are downloaded.
+    Folder of an adapter given itself, or the id of its repo on the Hub, of which it is downloaded with evidence and tokenizer.
 
     Raises:
         [`ArtifactError`]: If there is none.
     """
     path = Path(location)
     if not path.exists() and hub_id(str(location), with_owner=True) is not None:
-        patterns = ["adapter_config.json", ADAPTER_FILE, f"{FOLDER}/*", "README.md"]
+        patterns = ["adapter_config.json", ADAPTER_FILE, f"{FOLDER}/*", "README.md", *TOKENIZER_FILES]
         path = Path(from_hub(snapshot_download, str(location), revision=revision, allow_patterns=patterns))
     if not (path / ADAPTER_FILE).is_file():
         raise ArtifactError(f"There is no adapter in '{location}': '{ADAPTER_FILE}' is missing.")

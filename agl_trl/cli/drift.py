@@ -25,6 +25,7 @@ from ..artifacts.files import (
 )
 from ..data.alignment import driftcaps_requests
 from ..data.prompts import load_prompts
+from ..data.rows import questions_of
 from ..drift.plots import plot_drift
 from ..drift.report import DriftReport
 from ..drift.thresholds import Condition
@@ -35,6 +36,7 @@ from ..fisher.estimate import estimate_fisher
 from ..fisher.statistics import FisherStatistics
 from ..modeling.loading import load_adapter, load_model
 from ..modeling.lora import linear_layers
+from ..modeling.own_tokenizer import difference, own_tokenizer
 
 
 ANSWERS_FILE = "answers.jsonl"
@@ -100,11 +102,12 @@ def drift(
     model, tokenizer = load_model(base)
     if statistics is None or (questions is not None and not isinstance(questions[0]["prompt"], str)):
         _check_chat_template(tokenizer, base, folder)
-    base_model = None  # in the model of an adapter
+    base_model, own = None, None  # in the model of an adapter
     if folder is not None:
         model = load_adapter(model, folder)
     elif tuned is not None:
-        base_model, (model, _) = model, load_model(tuned)
+        base_model, (model, own) = model, load_model(tuned)
+    set_aside = None if questions is None else _tokenizer_set_aside(own, tokenizer, folder, questions)
     if statistics is None:
         typer.echo("No Fisher statistics: taking them from the base model's own answers to requests of DriftCaps.")
         statistics = _own_statistics(base_model or model, tokenizer)
@@ -125,6 +128,8 @@ def drift(
             max_new_tokens=max_new_tokens,
             batch_size=batch_size,
         )
+        if set_aside is not None:
+            measured.behaviour.metadata["tokenizer_set_aside"] = set_aside
         measured.behaviour.metadata["prompts"] = _description(prompts or "", questions)
 
     if measured.behaviour is not None:
@@ -174,6 +179,28 @@ def _check_chat_template(tokenizer: PreTrainedTokenizerBase, base: str, folder: 
                 )
                 break
     raise ValueError(f"The base model '{base}' has no chat template to write conversations with; {advice}.")
+
+
+def _tokenizer_set_aside(
+    own: PreTrainedTokenizerBase | None, tokenizer: PreTrainedTokenizerBase, folder: Path | None, questions: Dataset
+) -> str | None:
+    """
+    One sentence where the tuned model brings a tokenizer (`own`, or that of an adapter's folder) that asks otherwise than the base
+    model's, with which both are asked.
+    """
+    try:
+        own = own if folder is None else own_tokenizer(folder, tokenizer)
+        differs = None if own is None else difference(own, tokenizer, questions_of(questions))
+    except ArtifactError as error:
+        differs = f"was not looked at ({str(error).rstrip('.')})"
+    if differs is None:
+        return None
+    sentence = (
+        f"Both models were asked with the base model's tokenizer and chat template; the tuned model's own {differs}."
+    )
+    advice = "To ask both in its words, save the base model with that tokenizer and name the folder as `--base`."
+    typer.echo(f"Note: {sentence} {advice}")
+    return sentence
 
 
 def _note_foreign_report(folder: Path) -> None:

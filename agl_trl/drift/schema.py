@@ -78,6 +78,7 @@ class BehaviourMetadata(Metadata):
     judge: JudgeUsed | None = None
     verdicts: VerdictCounts | None = None
     decoding: str = ""
+    tokenizer_set_aside: str = ""
     kl_tokens: Integer = 0
     prompts_sha256: str = ""
     prompts: PromptsUsed | None = None

@@ -18,6 +18,8 @@ def behaviour_lines(behaviour: Behaviour) -> list[str]:
                 f"{tuned.total} prompts, paired p {behaviour.paired_p_value(unsafe):.2g}); "
                 f"KL {behaviour.mean_kl(unsafe):.3f} nats per token"
             )
+    if sentence := behaviour.metadata.get("tokenizer_set_aside"):
+        lines.append(f"asked                 {sentence}")
     lines += verdict_notes(behaviour.metadata, len(behaviour.categories))
     chosen = behaviour.unsafe
     margins = [margin[chosen].mean().item() for margin in (behaviour.margin_base, behaviour.margin_tuned)]

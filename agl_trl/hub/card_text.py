@@ -94,6 +94,7 @@ def render_evidence(report: DriftReport, repo_id: str | None, statistics_publish
                 "judge": None,
                 "verdicts": None,
                 "decoding": None,
+                "tokenizer_set_aside": None,
                 "kl_tokens": None,
                 "prompts_sha256": None,
                 **behaviour.metadata,

@@ -14,7 +14,7 @@ from huggingface_hub import HfApi, snapshot_download
 from peft import PeftModel
 from transformers import PreTrainedTokenizerBase
 
-from ..artifacts.files import ADAPTER_FILE, FOLDER, ArtifactError, adapter_folder, from_hub, hub_id
+from ..artifacts.files import ADAPTER_FILE, FOLDER, TOKENIZER_FILES, ArtifactError, adapter_folder, from_hub, hub_id
 from ..data.rows import prompt_ids, prompt_text
 from ..evaluation.refusal import Verdict, judge_answer
 from ..modeling.generation import (
@@ -26,6 +26,7 @@ from ..modeling.generation import (
     opened_by_template,
 )
 from ..modeling.loading import load_adapter, load_model
+from ..modeling.own_tokenizer import GREETING, difference, own_tokenizer
 from .questions import Decoding
 
 
@@ -33,7 +34,7 @@ ADAPTERS = Path(__file__).parent / "adapters"
 EMBEDDED = "miniworld"
 LARGEST_BASE, LARGEST_ADAPTER = 8e9, 2e9  # bytes, of a model that a visitor of a Space names
 _BASE_FILES = ["*.safetensors", "*.json", "*.jinja", "*.txt", "tokenizer.model"]  # no pickles and no code
-_ADAPTER_FILES = ["adapter_config.json", ADAPTER_FILE, f"{FOLDER}/*.safetensors"]
+_ADAPTER_FILES = ["adapter_config.json", ADAPTER_FILE, f"{FOLDER}/*.safetensors", *TOKENIZER_FILES]
 
 
 @dataclass(frozen=True)
@@ -259,13 +260,14 @@ def _load(base: str, adapter: str, access: _Access) -> Model:
         source = base if base == EMBEDDED else str(access.folder(base, _BASE_FILES, access.largest_base))
         paths[source] = base
         model, tokenizer = load_model(source)
-        adapted = load_adapter(model, folder)
+        adapted, own = load_adapter(model, folder), own_tokenizer(folder, tokenizer)
     except ValueError as error:
         text = str(error)
         for path, name in paths.items():  # visitors named repos, and need no path of this machine
             text = text.replace(path, name)
         raise ValueError(text) from error
-    sides = [Side("base", "Base model", base), Side("agl", "Fine-tuned", adapter, folder)]
+    asked = ", asked with the base model's tokenizer" if own and difference(own, tokenizer, [GREETING]) else ""
+    sides = [Side("base", "Base model", base), Side("agl", "Fine-tuned", adapter + asked, folder)]
     return Model(adapted, tokenizer, sides, embedded=base == EMBEDDED)
 
 

@@ -12,9 +12,11 @@ from agl_trl import DriftReport, FisherStatistics, estimate_fisher
 from agl_trl.data.alignment import driftcaps_requests
 from agl_trl.evaluation.behaviour import measure_behaviour
 from agl_trl.experiments.demo import LORA, TRAINING
+from agl_trl.hub.card_text import render_evidence
 from agl_trl.miniworld import heldout_prompts, load_model, load_tokenizer, task_dataset
 from agl_trl.modeling.lora import adapted_layers
 from tests.helpers.commands import command
+from tests.helpers.models import byte_tokenizer, moved_adapter, tiny_model
 
 
 @pytest.fixture(scope="module")
@@ -142,8 +144,6 @@ def test_arguments_are_checked_before_anything_is_loaded(options, sentence, tmp_
 
 
 def test_adapter_of_another_base_is_named(demo_folder, tmp_path, monkeypatch, capsys):
-    from tests.helpers.models import tiny_model
-
     tiny_model().save_pretrained(tmp_path / "other")
     load_tokenizer().save_pretrained(tmp_path / "other")
     shutil.copytree(demo_folder, tmp_path / "adapter")
@@ -155,8 +155,6 @@ def test_adapter_of_another_base_is_named(demo_folder, tmp_path, monkeypatch, ca
 
 def tiny_world(folder, **config):
     """A tiny model with its tokenizer, and an adapter on it of which everything has moved."""
-    from tests.helpers.models import byte_tokenizer, moved_adapter, tiny_model
-
     tiny_model().save_pretrained(folder / "base")
     byte_tokenizer().save_pretrained(folder / "base")
     moved_adapter(tiny_model(), **config).save_pretrained(folder / "adapter")
@@ -187,8 +185,6 @@ def test_published_statistics_without_the_head_are_told_with_what_to_do(
     tmp_path, tokenizer, alignment_rows, monkeypatch, capsys
 ):
     """Of an adapter it is refused; of a checkpoint the head is named beside the drift."""
-    from tests.helpers.models import tiny_model
-
     arguments = tiny_world(tmp_path, target_modules=["q_proj", "lm_head"])
     estimate_fisher(tiny_model(), alignment_rows, tokenizer, progress=False).save_pretrained(tmp_path / "statistics")
     fisher = ("--fisher", tmp_path / "statistics")
@@ -220,6 +216,54 @@ def test_chat_template_that_only_the_adapter_has_is_told(own, tmp_path, monkeypa
     assert code == 1 and "has no chat template" in err.splitlines()[-1], err
     assert ("the adapter brings its own in 'chat_template.jinja'" in err) == own
     assert not (tmp_path / "out").exists()
+
+
+OTHER_TEMPLATE = "{% for message in messages %}Q: {{ message['content'] }}{% endfor %} A:"
+SET_ASIDE = "the tuned model's own writes 3 of 3 prompts otherwise (such as 'Hello' as 'Q: Hello A:', not '<user>Hello</s><assistant>')"
+
+
+@pytest.mark.parametrize("place", ["folder", "hub", "checkpoint"])
+def test_tokenizer_of_the_tuned_model_is_told_where_it_asks_otherwise(
+    place, online, tmp_path, tokenizer, alignment_rows, monkeypatch, capsys
+):
+    """From a folder as from the Hub, in a note, in the summary and in the card."""
+    arguments = dict(zip(*[iter(tiny_world(tmp_path)[1:])] * 2, strict=True))
+    estimate_fisher(tiny_model(), alignment_rows, tokenizer, progress=False).save_pretrained(tmp_path / "statistics")
+    (tmp_path / "asked.jsonl").write_text("".join(json.dumps({"prompt": f"Say {i}."}) + "\n" for i in range(3)))
+    folder = tmp_path / "adapter"
+    if place == "checkpoint":
+        folder = arguments["--tuned"] = tmp_path / "merged"
+        PeftModel.from_pretrained(tiny_model(), arguments.pop("--adapter")).merge_and_unload().save_pretrained(folder)
+    options = ("--fisher", tmp_path / "statistics", "--prompts", tmp_path / "asked.jsonl", "--max-new-tokens", 4)
+
+    def measured(own) -> tuple[str, DriftReport]:
+        own.save_pretrained(folder)
+        if place == "hub":
+            online.create_repo("alice/adapter", exist_ok=True)
+            online.upload_folder(repo_id="alice/adapter", folder_path=folder)
+            arguments["--adapter"] = "alice/adapter"
+        named = [value for pair in arguments.items() for value in pair]
+        code, out, err = command(monkeypatch, capsys, "drift", *named, *options)
+        assert code == 0, err
+        return out, DriftReport.from_pretrained(tmp_path / "out")
+
+    out, report = measured(tokenizer)
+    assert "the tuned model's own" not in out and "tokenizer_set_aside" not in report.behaviour.metadata
+    own = byte_tokenizer()
+    own.chat_template = OTHER_TEMPLATE
+    out, report = measured(own)
+    assert (
+        f"Note: Both models were asked with the base model's tokenizer and chat template; {SET_ASIDE}. To ask" in out
+    )
+    assert (
+        f"asked                 Both models were asked with the base model's tokenizer and chat template; {SET_ASIDE}."
+        in out
+    )
+    card = render_evidence(report, None, statistics_published=True)
+    assert (
+        "- Both models were asked with the base model's tokenizer and chat template; the tuned model's own writes"
+        in card
+    )
 
 
 def test_report_that_came_with_another_adapter_is_told(demo_folder, tmp_path, monkeypatch, capsys):

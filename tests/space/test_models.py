@@ -38,6 +38,16 @@ def test_adapter_from_the_hub_has_two_panes(hub, online):
     assert Models(EMBEDDED, "alice/adapter").own.sides[1].detail == "alice/adapter"
 
 
+def test_adapter_that_was_trained_with_other_words_is_told(hub, online, tmp_path):
+    shutil.copytree(ADAPTERS / "agl", tmp_path / "adapter")
+    put(tmp_path / "adapter", "alice/same")
+    (tmp_path / "adapter" / "chat_template.jinja").write_text("Q: {{ messages[0]['content'] }} A:")
+    put(tmp_path / "adapter", "alice/other")
+    models = Models(hosted=True)
+    assert models.get(EMBEDDED, "alice/same").sides[1].detail == "alice/same"
+    assert models.get(EMBEDDED, "alice/other").sides[1].detail == "alice/other, asked with the base model's tokenizer"
+
+
 def test_visitors_do_not_read_what_only_the_owner_may(hub, online):
     put(ADAPTERS / "agl", "alice/secret", private=True)
     with pytest.raises(ValueError, match="Can't read 'alice/secret'"):
