@@ -213,8 +213,10 @@ def answer_prompts(
     """Answers of a model as it is; arguments as in [`measure_behaviour`] and [`generate_answers`]."""
     questions = questions_of(prompts)
     ends = end_tokens(tokenizer, model) if end_token_ids is None else end_token_ids
+    context = context_length(model)
     decoding = (
-        f"greedy, generation configs set aside, at most {max_new_tokens} tokens, "
+        f"greedy, generation configs set aside, at most {max_new_tokens} tokens"
+        f"{'' if context is None else f' ({context} with the prompt)'}, "
         f"{'until token ' + ' or '.join(map(str, ends)) if ends else 'without an end token'}"
     )
     keys = [] if store is None else [store.key(f"{desc}, {decoding}", str(question)) for question in questions]

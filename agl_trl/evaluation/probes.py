@@ -10,7 +10,7 @@ from transformers import PreTrainedTokenizerBase
 from ..data.alignment import AlignmentRow, batches, pad_token_id
 from ..data.rows import Messages, prompt_ids
 from ..modeling.base_and_tuned import BaseAndTuned
-from ..modeling.generation import answer_logits, evaluating, forward_at, input_device
+from ..modeling.generation import answer_logits, context_length, evaluating, forward_at, input_device
 
 
 KL_TOKENS = 8
@@ -149,11 +149,12 @@ def first_token_kl(
     Returns:
         `Tensor`: in nats, of shape `(prompts,)`.
     """
-    rows = []
+    rows, context = [], context_length(models.tuned)
     for prompt, answer in zip(prompts, answers, strict=True):
         question = prompt_ids(tokenizer, prompt)
         answer_ids = tokenizer(answer, add_special_tokens=False)["input_ids"][:KL_TOKENS]
-        rows.append(AlignmentRow(question + (answer_ids or [pad_token_id(tokenizer)]), len(question)))
+        # As long as the model reads: a character that was cut has more tokens when it is read than it had.
+        rows.append(AlignmentRow((question + (answer_ids or [pad_token_id(tokenizer)]))[:context], len(question)))
     kl = torch.zeros(len(rows))
     for batch in batches(rows, batch_size, pad_token_id(tokenizer), input_device(models.tuned)):
         sides = []

@@ -171,7 +171,7 @@ def generate_answers(
         prompts (`list`):
             Conversations (lists of messages) or plain texts.
         max_new_tokens (`int`, *optional*, defaults to `64`):
-            Longest answer.
+            Longest answer; a shorter one where prompt and answer are all that the model reads.
         batch_size (`int`, *optional*, defaults to `32`):
             Prompts per batch; prompts of similar length go together, padded on the left.
         end_token_ids (`list[int]`, *optional*):
@@ -182,22 +182,20 @@ def generate_answers(
             Whether to show it.
         on_batch (`Callable`, *optional*):
             Called after every batch with positions and answers.
+
+    Raises:
+        [`RowError`]: If a prompt can't be read, or fills all that the model reads; told before any is answered.
     """
+    check_prompts(tokenizer, prompts, context_length(model))
     encoded = [prompt_ids(tokenizer, prompt) for prompt in prompts]
-    order = sorted(range(len(prompts)), key=lambda i: len(encoded[i]))
     answers = [""] * len(prompts)
     ends = end_tokens(tokenizer, model) if end_token_ids is None else end_token_ids
     pad, device, decode = pad_token_id(tokenizer), input_device(model), answer_decoder(tokenizer)
-    config = greedy_decoding(max_new_tokens, ends, pad)
-    with (
-        evaluating(model),
-        decoding_by(model, config),
-        tqdm(total=len(prompts), desc=desc, unit="prompt", disable=not progress) as bar,
-    ):
-        for start in range(0, len(order), batch_size):
-            chunk = order[start : start + batch_size]
+    with evaluating(model), tqdm(total=len(prompts), desc=desc, unit="prompt", disable=not progress) as bar:
+        for chunk, room in _chunks(encoded, max_new_tokens, batch_size, context_length(model)):
             padded = padded_left([encoded[i] for i in chunk], pad, device)
-            generated = model.generate(**padded, generation_config=config, use_cache=True)
+            with decoding_by(model, config := greedy_decoding(room, ends, pad)):
+                generated = model.generate(**padded, generation_config=config, use_cache=True)
             # Cut at the end here: the padding behind it may be a word of the vocabulary.
             written = [_until(ids, ends) for ids in generated[:, padded["input_ids"].shape[1] :].tolist()]
             for i, text in zip(chunk, decode(written), strict=True):
@@ -206,6 +204,21 @@ def generate_answers(
                 on_batch(chunk, [answers[i] for i in chunk])
             bar.update(len(chunk))
     return answers
+
+
+def _chunks(
+    encoded: list[list[int]], longest: int, batch_size: int, context: int | None
+) -> Iterator[tuple[list[int], int]]:
+    """
+    Positions of prompts of similar length, and room for their answers. Prompts that leave less room than asked for go alone, so
+    that no neighbour in a batch takes room from another.
+    """
+    order = sorted(range(len(encoded)), key=lambda i: len(encoded[i]))
+    rooms = [longest if context is None else min(longest, context - len(encoded[i])) for i in order]
+    fits = order[: rooms.count(longest)]
+    for start in range(0, len(fits), batch_size):
+        yield fits[start : start + batch_size], longest
+    yield from (([i], room) for i, room in zip(order, rooms, strict=True) if room < longest)
 
 
 def answer_decoder(tokenizer: PreTrainedTokenizerBase) -> Callable[[list[list[int]]], list[str]]:
@@ -279,7 +292,6 @@ def answered_by(
     """
     numbered = [Row(row, number) for number, row in enumerate(rows)]
     asked = [row for row in numbered if is_prompt_only(row)]
-    check_prompts(tokenizer, asked, context_length(model))
     answers = iter(
         generate_answers(
             model, tokenizer, list(asked), max_new_tokens=256, desc="Reference answers", progress=progress

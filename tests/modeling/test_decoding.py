@@ -2,12 +2,13 @@
 
 import pytest
 import torch
+from datasets import Dataset
 from transformers import GenerationConfig, PreTrainedTokenizerFast
 
 from agl_trl import estimate_fisher
 from agl_trl.evaluation.behaviour import measure_behaviour
 from agl_trl.modeling.generation import end_tokens, generate_answers, prompt_ids
-from tests.helpers.models import adapted, byte_tokenizer, probe_prompts, tiny_model
+from tests.helpers.models import adapted, byte_tokenizer, moved_adapter, probe_prompts, tiny_model
 
 
 LENGTH = 8
@@ -27,11 +28,11 @@ GENERATION_CONFIGS = {
 }
 
 
-def by_hand(model, tokenizer, prompt, ends=(1,)) -> str:
+def by_hand(model, tokenizer, prompt, ends=(1,), length=LENGTH) -> str:
     """The most likely token, one by one."""
     ids, written = prompt_ids(tokenizer, prompt), []
     with torch.no_grad():
-        for _ in range(LENGTH):
+        for _ in range(length):
             token = int(model(input_ids=torch.tensor([ids + written])).logits[0, -1].argmax())
             if token in ends:
                 break
@@ -65,7 +66,9 @@ def test_two_checkpoints_end_at_the_same_tokens(tokenizer):
     expected = [by_hand(base, tokenizer, prompt, (1, said[2])) for prompt in prompts["prompt"]]
     assert [entry["response_base"] for entry in found.answers] == expected
     assert [entry["response_tuned"] for entry in found.answers] == expected
-    assert found.metadata["decoding"].endswith(f"at most {LENGTH} tokens, until token 1 or {said[2]}")
+    assert found.metadata["decoding"].endswith(
+        f"at most {LENGTH} tokens (2048 with the prompt), until token 1 or {said[2]}"
+    )
 
 
 def test_an_adapter_leaves_the_config_of_its_base_as_it_was(tokenizer):
@@ -107,3 +110,20 @@ def test_padding_behind_an_end_is_no_answer(tokenizer):
     answers = generate_answers(model, bare, prompts, max_new_tokens=LENGTH, progress=False)
     assert answers == [by_hand(model, bare, prompt, ends) for prompt in prompts]
     assert len({len(answer) for answer in answers}) > 1
+
+
+def test_answers_end_where_the_model_reads_no_more(tokenizer):
+    """The positions of this GPT-2 end at 128: a batch has no room for them all, and none takes room from another."""
+    lengths = (120, 127, 30, 100, 126)
+    asked = ["".join(chr(97 + i * i % 26) for i in range(length)) for length in lengths]
+    model = tiny_model("gpt2").eval()
+    expected = [by_hand(model, tokenizer, p, length=min(40, 128 - n)) for p, n in zip(asked, lengths, strict=True)]
+    found = generate_answers(model, tokenizer, asked, max_new_tokens=40, batch_size=5, progress=False)
+    assert found == expected and len({len(answer) for answer in found}) > 2
+    with pytest.raises(ValueError, match="Row 1 has a prompt of 128 tokens, and the model reads 128: shorten it"):
+        generate_answers(model, tokenizer, ["x", "x" * 128], progress=False)
+    # And so do likelihoods over these answers, of which a broken character may be longer than it was.
+    tuned = moved_adapter(tiny_model("gpt2"), target_modules=["c_attn"])
+    measured = measure_behaviour(tuned, tokenizer, Dataset.from_dict({"prompt": asked}), progress=False)
+    assert measured.kl_first_tokens.isfinite().all() and measured.kl_first_tokens.max() > 0
+    assert "at most 64 tokens (128 with the prompt)" in measured.metadata["decoding"]
