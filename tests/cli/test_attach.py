@@ -1,6 +1,7 @@
 """`agl-trl attach`: an adapter trained elsewhere gets its evidence, in its folder or in the commit after the one measured."""
 
 import hashlib
+import json
 from pathlib import Path
 
 import pytest
@@ -11,7 +12,11 @@ from agl_trl import DriftReport
 from agl_trl.artifacts.files import adapter_folder
 from agl_trl.cli.app import app
 from agl_trl.miniworld import checkpoint_path
+from agl_trl.modeling.generation import generate_answers
+from agl_trl.modeling.loading import load_adapter, load_model
+from agl_trl.space.models import Models
 from tests.helpers.hub_commits import agreeing_folders
+from tests.helpers.models import byte_tokenizer, moved_adapter, tiny_model
 
 
 @pytest.fixture
@@ -93,3 +98,42 @@ def test_a_pull_request_is_of_a_repo(elsewhere):
     outcome = attach(str(elsewhere), "--create-pr")
     assert outcome.exit_code == 1 and "`--create-pr` is for an adapter on the Hub" in str(outcome.exception)
     assert not (elsewhere / "agl").exists()
+
+
+@pytest.mark.parametrize("missing", [["pad_token"], ["pad_token", "eos_token"]])
+def test_a_tokenizer_without_padding_is_asked_in_batches(missing, tmp_path):
+    """As that of every Llama: by `drift`, by `attach` and by the Space, with the answers that it gives one by one."""
+    tokenizer, plain = byte_tokenizer(), byte_tokenizer()
+    for name in missing:
+        setattr(tokenizer, name, None)
+    rows = [f"Tell me {'more ' * i}." for i in range(5)]
+    (tmp_path / "asked.txt").write_text("\n".join(rows))
+    (tmp_path / "kept.jsonl").write_text("".join(json.dumps({"prompt": row}) + "\n" for row in rows))
+    model = tiny_model(pad_token_id=None)
+    model.save_pretrained(tmp_path / "base")
+    tokenizer.save_pretrained(tmp_path / "base")
+    moved_adapter(tiny_model(pad_token_id=None)).save_pretrained(tmp_path / "adapter")
+    base, adapter, out = (str(tmp_path / name) for name in ("base", "adapter", "out"))
+    for command in (
+        ["fisher", "--model", base, "--dataset", str(tmp_path / "kept.jsonl"), "--output-dir", out],
+        ["drift", "--base", base, "--adapter", adapter, "--fisher", out, "--output-dir", out],
+        ["attach", adapter, "--base", base, "--fisher", out],
+    ):
+        asked = [] if command[0] == "fisher" else ["--prompts", str(tmp_path / "asked.txt"), "--max-new-tokens", "6"]
+        outcome = CliRunner().invoke(app, [*command, *asked])
+        assert outcome.exit_code == 0, outcome.exception
+    answers = [json.loads(line) for line in (Path(out) / "answers.jsonl").read_text().splitlines()]
+    assert answers == [json.loads(line) for line in (Path(adapter) / "answers.jsonl").read_text().splitlines()]
+    space = Models(base, adapter).own
+    for side, name in zip(space.sides, ("base", "tuned"), strict=True):
+        found = space.answer_all(side, [[{"role": "user", "content": row}] for row in rows], 6)
+        assert found == [entry[f"response_{name}"] for entry in answers]
+        alone = generate_answers(
+            load_model(base)[0] if name == "base" else load_adapter(load_model(base)[0], Path(adapter)),
+            plain,
+            [[{"role": "user", "content": row}] for row in rows],
+            max_new_tokens=6,
+            batch_size=1,
+            progress=False,
+        )
+        assert found == alone

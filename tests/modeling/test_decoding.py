@@ -7,6 +7,8 @@ from transformers import GenerationConfig, PreTrainedTokenizerFast
 
 from agl_trl import estimate_fisher
 from agl_trl.evaluation.behaviour import measure_behaviour
+from agl_trl.evaluation.probes import first_token_kl
+from agl_trl.modeling.base_and_tuned import BaseAndTuned
 from agl_trl.modeling.generation import end_tokens, generate_answers, prompt_ids
 from tests.helpers.models import adapted, byte_tokenizer, moved_adapter, probe_prompts, tiny_model
 
@@ -122,8 +124,9 @@ def test_answers_end_where_the_model_reads_no_more(tokenizer):
     assert found == expected and len({len(answer) for answer in found}) > 2
     with pytest.raises(ValueError, match="Row 1 has a prompt of 128 tokens, and the model reads 128: shorten it"):
         generate_answers(model, tokenizer, ["x", "x" * 128], progress=False)
-    # And so do likelihoods over these answers, of which a broken character may be longer than it was.
     tuned = moved_adapter(tiny_model("gpt2"), target_modules=["c_attn"])
     measured = measure_behaviour(tuned, tokenizer, Dataset.from_dict({"prompt": asked}), progress=False)
     assert measured.kl_first_tokens.isfinite().all() and measured.kl_first_tokens.max() > 0
     assert "at most 64 tokens (128 with the prompt)" in measured.metadata["decoding"]
+    # Read again, a character that was cut has more tokens than were written.
+    assert first_token_kl(BaseAndTuned(tuned), tokenizer, [asked[1]], ["\ufffd"]).isfinite().all()
