@@ -106,12 +106,22 @@ class Collector:
         sketches[name].update(rows[self.token_mask.to(rows.device)])
 
     def sum_over_processes(self) -> None:
-        """Add up the accumulated sums of all processes, once. What one of them skips, all skip."""
-        if self.skip_unused:
-            self.skipped = {*gather_object(sorted(self.skipped))}
-            for sketches in (self.inputs, self.outputs):
-                for name in self.skipped & {*sketches}:
-                    del sketches[name]
+        """
+        Add up the accumulated sums of all processes, once. What one of them skips, or some of them do not reach, all skip.
+
+        Raises:
+            `ValueError`: In all of them, if a layer that may not be left out saw tokens in some alone.
+        """
+        skipped, *reached = zip(*gather_object([(self.skipped, {*self.input_of}, {*self.outputs})]), strict=True)
+        in_some = {name for sets in reached for name in set.union(*sets) - set.intersection(*sets)}
+        if in_some and not self.skip_unused:
+            raise ValueError(
+                f"Layer '{min(in_some)}' saw tokens in some processes alone: layers that do not see every token (experts, vision "
+                "towers) can't be guarded; leave them out of `target_modules`."
+            )
+        self.skipped = set.union(*skipped, in_some)
+        if self.skipped:
+            self._leave_out()
         for sketches in (self.inputs, self.outputs):
             for name in sorted(sketches):
                 sketch = sketches[name]
@@ -151,10 +161,13 @@ class Collector:
 
     def _leave_out(self) -> None:
         """Keep nothing of the layers that are skipped; what reads the input of one of them becomes the first to read it."""
-        kept = {name: first for name, first in self.input_of.items() if name not in self.skipped}
+        # In the order of the layers, which an interrupted pass does not change.
+        kept = {
+            name: self.input_of[name] for name in self.layers if name in self.input_of and name not in self.skipped
+        }
         if not kept:
             raise ValueError("No linear layer of the model saw all tokens of the rows: there is nothing to measure.")
-        firsts: dict[str, str] = {}
+        firsts = {first: first for first in kept.values() if first in kept}
         for name, first in kept.items():
             firsts.setdefault(first, name)
         self.input_of = {name: firsts[first] for name, first in kept.items()}

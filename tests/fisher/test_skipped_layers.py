@@ -5,12 +5,15 @@ import torch
 from peft import LoraConfig, get_peft_model
 from typer.testing import CliRunner
 
+import agl_trl.fisher.partial_sums
 from agl_trl import FisherStatistics, estimate_fisher
 from agl_trl.cli.app import app
 from agl_trl.data.alignment import tokenize_row
 from agl_trl.fisher.cost import fisher_cost, seconds_by_trial
 from agl_trl.modeling.lora import linear_layers
 from tests.helpers.models import MIXTURES, tiny_model, tiny_vision_model
+from tests.helpers.processes import COMMON, launch
+from tests.helpers.skipping_worker import statistics_of
 
 
 FULL = dict(rank=4096, shrinkage=0.5, dtype=torch.float32, progress=False)
@@ -112,3 +115,53 @@ def test_the_command_says_what_it_leaves_out(tmp_path, tokenizer, alignment_rows
     names = [f"backbone.layers.{i}.mixer.dt_proj" for i in (0, 1)]
     assert f"do not see every token of a text: 2 layers ({', '.join(names)})" in " ".join(result.output.split())
     assert FisherStatistics.from_pretrained(tmp_path / "out").metadata["skipped_layers"] == names
+
+
+def test_two_processes_leave_out_what_one_does(tmp_path):
+    """Also a layer that only one of them reaches, which there is the first to read what others read."""
+    done = launch(COMMON, tmp_path, "-m", "tests.helpers.skipping_worker", str(tmp_path))
+    assert done.returncode == 0, done.stderr[-3000:]
+    skipped = {
+        "mamba": [f"backbone.layers.{i}.mixer.dt_proj" for i in (0, 1)],
+        "partial": ["model.layers.1.mlp.expert"],
+    }
+    for name, names in skipped.items():
+        alone = statistics_of(name)
+        assert alone.metadata["skipped_layers"] == names
+        files = [tmp_path / f"{name}-{rank}" / "agl" / "fisher.safetensors" for rank in (0, 1)]
+        assert files[0].read_bytes() == files[1].read_bytes()
+        together = FisherStatistics.from_pretrained(files[0])
+        assert together.metadata["skipped_layers"] == names
+        assert together.input_of == alone.input_of and together.num_tokens == alone.num_tokens
+        for side in ("inputs", "outputs"):
+            ours, others = getattr(together, side), getattr(alone, side)
+            assert {*ours} == {*others}
+            for layer in ours:
+                torch.testing.assert_close(ours[layer].eigenvalues, others[layer].eigenvalues, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("architecture", ["mamba", "jamba"])
+def test_interrupted_pass_with_skipped_layers_ends_with_the_same_bytes(
+    architecture, tmp_path, tokenizer, alignment_rows, monkeypatch
+):
+    monkeypatch.setattr(agl_trl.fisher.partial_sums, "SAVE_EVERY", 0.0)
+    options = dict(rank=4, shrinkage=0.5, batch_size=2, progress=False)
+    model, passes = tiny_model(architecture), []
+    whole = estimate_fisher(model, alignment_rows, tokenizer, **options)
+    assert whole.metadata["skipped_layers"]
+
+    def count(*_):
+        passes.append(1)
+        if len(passes) == 4:
+            raise KeyboardInterrupt
+
+    handle = model.register_forward_pre_hook(count)
+    with pytest.raises(KeyboardInterrupt):
+        estimate_fisher(model, alignment_rows, tokenizer, resume_dir=tmp_path, **options)
+    handle.remove()
+    handle = model.register_forward_pre_hook(lambda *_: passes.append(1))
+    resumed = estimate_fisher(model, alignment_rows, tokenizer, resume_dir=tmp_path, **options)
+    handle.remove()
+    assert len(passes) == 6, "three of five batches were done"
+    files = [found.save_pretrained(tmp_path / name) for name, found in (("whole", whole), ("resumed", resumed))]
+    assert files[0].read_bytes() == files[1].read_bytes()
