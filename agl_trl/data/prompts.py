@@ -17,6 +17,8 @@ from .rows import OF_TEMPLATE, Row, RowError, check_content, content_text
 
 
 PROMPT_COLUMNS = ("prompt", "instruction", "question", "goal", "Goal", "forbidden_prompt", "text")
+CONVERSATION_COLUMNS = ("messages", "conversations")  # of which the last turn of the user is asked
+SHAREGPT = {"human": "user", "gpt": "assistant"}
 MESSAGES, TEXT = List({"role": Value("string"), "content": Value("string")}), Value("string")
 FEATURES = Features(prompt=MESSAGES, category=TEXT, unsafe=Value("bool"), id=TEXT, completion=MESSAGES)
 
@@ -33,7 +35,7 @@ class PromptSet(NamedTuple):
     """
     Where a set of prompts is, and what its columns mean.
 
-    `prompt` may hold text, conversations or lists of turns (the first is asked); `category` text, numbers or flags
+    `prompt` may hold text, conversations or lists of turns (the first is asked), or be one of [`CONVERSATION_COLUMNS`]; `category` text, numbers or flags
     (the first set counts); `completion` the reference answer, never the target of an attack. Without `unsafe` the columns
     `unsafe` and `expected` tell, as in [`is_unsafe`]. Splits joined by `+` are named in a column `split`; `merge` makes one
     of rows with one prompt, unsafe if any is; `options` go to the loader.
@@ -86,7 +88,8 @@ def load_prompts(name: str, limit: int | None = None) -> Dataset:
         name (`str`):
             One of [`SETS`], `"miniworld"` (held-out), `"driftcaps"` (test split), a `.jsonl`, `.json`, `.csv`, `.tsv`, `.parquet`
             or `.txt` file (a prompt a line), or another id on the Hub (split `test`, else `train`), with one of
-            [`PROMPT_COLUMNS`], optionally `id`, `category`, `completion` or `response`, `unsafe` (true, yes, 1, or their opposites)
+            [`PROMPT_COLUMNS`] or, of whole conversations, [`CONVERSATION_COLUMNS`]: the last turn of the user is asked after the
+            turns before it, and a single answer after it is the reference. Optionally `id`, `category`, `completion` or `response`, `unsafe` (true, yes, 1, or their opposites)
             or `expected` (`"refuse"`, `"comply"`).
         limit (`int`, *optional*):
             Number of prompts: as many of either label, and of every category in it, as there are, evenly spread.
@@ -134,7 +137,7 @@ def map_rows(rows: Dataset, spec: PromptSet) -> Dataset:
             unsafe = is_unsafe(row, name) if spec.unsafe is None else spec.unsafe is True
         if unsafe is None:
             continue
-        prompt = _messages(row[spec.prompt], "user", name, spec.prompt)
+        prompt, completion = _asked(row, spec, name)
         category = row[spec.category] if spec.category else "all"
         if isinstance(category, dict):
             category = next((name for name, flag in category.items() if flag), "safe")
@@ -147,9 +150,7 @@ def map_rows(rows: Dataset, spec: PromptSet) -> Dataset:
                 "category": str("all" if category is None else category),
                 "unsafe": unsafe,
                 "id": str(row[spec.id] if spec.id else index),
-                "completion": _messages(row[spec.completion], "assistant", name, spec.completion)
-                if spec.completion
-                else [],
+                "completion": completion,
                 **{column: row[column] for column in OF_TEMPLATE if column in row},
             }
     if not prompts:
@@ -192,12 +193,47 @@ def _reason(spec: PromptSet, error: Exception) -> str:
 
 def _guess(name: str, rows: Dataset, licence: str) -> PromptSet:
     found = rows.column_names
-    prompt = next((column for column in PROMPT_COLUMNS if column in found), None)
+    prompt = next((column for column in (*PROMPT_COLUMNS, *CONVERSATION_COLUMNS) if column in found), None)
     if prompt is None:
         raise ValueError(f"'{name}' has no column with a prompt, such as 'prompt'; found {', '.join(found)}.")
     category, row_id = (column if column in found else None for column in ("category", "id"))
     completion = next((column for column in ("completion", "response") if column in found), None)
     return PromptSet(name, licence, prompt, category, None, id=row_id, completion=completion)
+
+
+def _asked(row: Row, spec: PromptSet, name: str) -> tuple[list[dict[str, str]], list[dict[str, str]]]:
+    """What is asked, and the reference answer if there is one."""
+    completion = _messages(row[spec.completion], "assistant", name, spec.completion) if spec.completion else []
+    if spec.prompt not in CONVERSATION_COLUMNS:
+        prompt = _messages(row[spec.prompt], "user", name, spec.prompt)
+        if prompt and prompt[-1]["role"] == "assistant":
+            raise RowError(
+                f"{name} ends, in the column '{spec.prompt}', with a message of the assistant: end it with what is asked, or call "
+                "the column 'messages'."
+            )
+        return prompt, completion
+    messages = _turns(row[spec.prompt], name, spec.prompt)
+    last = max((i for i, message in enumerate(messages) if message["role"] == "user"), default=None)
+    if last is None:
+        raise RowError(f"{name} has no message of the user in the column '{spec.prompt}'.")
+    after = messages[last + 1 :]
+    if not spec.completion and [message["role"] for message in after] == ["assistant"]:
+        completion = _messages(after, "assistant", name, spec.prompt)
+    return _messages(messages[: last + 1], "user", name, spec.prompt), completion
+
+
+def _turns(value: Any, name: str, column: str) -> list[dict[str, Any]]:
+    """A whole conversation; one of ShareGPT (`from`, `value`) with the roles that chat templates know."""
+    if isinstance(value, list):
+        value = [
+            {"role": SHAREGPT.get(message["from"], message["from"]), "content": message["value"]}
+            if isinstance(message, dict) and message.keys() >= {"from", "value"}
+            else message
+            for message in value
+        ]
+    if check_content(value, name, column) == "text":
+        raise RowError(f"{name} has text in the column '{column}', not a conversation.")
+    return value
 
 
 def _messages(value: Any, role: str, name: str, column: str) -> list[dict[str, str]]:
@@ -207,6 +243,10 @@ def _messages(value: Any, role: str, name: str, column: str) -> list[dict[str, s
         return []
     if isinstance(value, list):
         check_content(value, name, column)
+        if any(message.get("tool_calls") for message in value):
+            raise RowError(
+                f"{name} has, in the column '{column}', calls of tools, which can't be asked: leave it out."
+            )
         return [{"role": message["role"], "content": content_text(message.get("content"))} for message in value]
     if not isinstance(value, str | int | float):  # a spreadsheet makes numbers of digits
         raise RowError(f"{name} has no text in the column '{column}', but {short_repr(value)}.")

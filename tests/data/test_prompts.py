@@ -360,3 +360,57 @@ def test_parts_are_joined_and_gaps_refused(tmp_path):
         ValueError, match=r"^Row 0 of '.*' has, in the column 'prompt', a message of the role 'user' without"
     ):
         load_prompts(str(path))
+
+
+SYSTEM, ASKED, ANSWER, THEN = (
+    {"role": role, "content": content}
+    for role, content in (("system", "Be brief."), ("user", "Bake?"), ("assistant", "Mix."), ("user", "And then?"))
+)
+
+
+def shared(*messages: dict[str, str]) -> list[dict[str, str]]:
+    """Turns as ShareGPT writes them."""
+    names = {"user": "human", "assistant": "gpt", "system": "system"}
+    return [{"from": names[message["role"]], "value": message["content"]} for message in messages]
+
+
+@pytest.mark.parametrize("column", ["messages", "conversations", "shared"])
+def test_of_a_conversation_the_last_turn_of_the_user_is_asked(column, tmp_path):
+    write, path = shared if column == "shared" else lambda *messages: [*messages], tmp_path / "rows.jsonl"
+    name = "conversations" if column == "shared" else column
+    rows = [write(SYSTEM, ASKED, ANSWER), write(ASKED, ANSWER, THEN, ANSWER)]
+    path.write_text("".join(json.dumps({name: row, "unsafe": True}) + "\n" for row in rows))
+    found = load_prompts(str(path))
+    assert found["prompt"][:] == [[SYSTEM, ASKED], [ASKED, ANSWER, THEN]]
+    assert found["completion"][:] == [[ANSWER], [ANSWER]]
+    path.write_text(
+        "".join(json.dumps({name: row}) + "\n" for row in [write(ASKED, ANSWER), write(ASKED, ANSWER, THEN)])
+    )
+    found = load_prompts(str(path))
+    assert found["prompt"][:] == [[ASKED], [ASKED, ANSWER, THEN]] and "completion" not in found.column_names
+
+
+@pytest.mark.parametrize(
+    "row, sentence",
+    [
+        ({"messages": [SYSTEM, ANSWER]}, "has no message of the user in the column 'messages'."),
+        ({"messages": []}, "has nothing in the column 'messages'."),
+        ({"messages": "Bake?"}, "has text in the column 'messages', not a conversation."),
+        ({"conversations": shared(ANSWER)}, "has no message of the user in the column 'conversations'."),
+        ({"conversations": [{"a": "b"}]}, "a message without a role: {'a': 'b'}."),
+        (
+            {"prompt": [ASKED, ANSWER]},
+            "ends, in the column 'prompt', with a message of the assistant: end it with what is",
+        ),
+        (
+            {"messages": [ASKED, {"role": "assistant", "content": None, "tool_calls": [{"name": "oven"}]}, THEN]},
+            "has, in the column 'messages', calls of tools, which can't be asked",
+        ),
+    ],
+)
+def test_a_conversation_that_asks_nothing_is_told_by_its_row(row, sentence, tmp_path):
+    (tmp_path / "rows.jsonl").write_text(json.dumps(row) + "\n")
+    with pytest.raises(ValueError) as raised:
+        load_prompts(str(tmp_path / "rows.jsonl"))
+    message = str(raised.value)
+    assert message.startswith("Row 0 of ") and sentence in message and message.endswith(".") and "\n" not in message
