@@ -5,7 +5,7 @@ from torch import Tensor
 
 from ..objective.alignguard import Coefficients
 from ..objective.collision import FrozenWeights, riemannian_overlap
-from ..objective.decomposition import Update, critical_inner, critical_mask, inner, project, subtract
+from ..objective.decomposition import Update, critical_inner, critical_mask, project, subtract
 from ..objective.quadratic_form import LayerMetric
 
 
@@ -18,13 +18,6 @@ def mean_of_moved(drift: Tensor) -> Tensor:
     checkpoint were adapted is not known: this is the mean over the adapted ones, as training logs it, as soon as all have moved.
     """
     return drift.sum() / (drift > 0).sum().clamp_min(1)
-
-
-def dense_parts(delta: Tensor, metric: LayerMetric, energy: float, weights: FrozenWeights) -> tuple[Tensor, ...]:
-    """Relative drift, alignment energy and overlap of a ΔW that is no product of factors, by the same formulas as of one that is."""
-    update = Update(torch.eye(delta.shape[1], device=delta.device), delta)
-    drift = (inner(update, update, metric) / metric.weight_norm**2).cpu()
-    return drift, *update_parts(update, metric, energy, weights)
 
 
 def update_parts(update: Update, metric: LayerMetric, energy: float, weights: FrozenWeights) -> tuple[Tensor, Tensor]:

@@ -24,20 +24,10 @@ from ..artifacts.schema import read_artifact
 from ..evaluation.behaviour import Behaviour
 from ..evaluation.summary import behaviour_lines
 from ..fisher.statistics import FisherStatistics, describe_base
-from ..modeling.lora import (
-    AdaptedLayer,
-    active_adapter,
-    base_weight,
-    each_frozen,
-    layer_shape,
-    linear_layers,
-    one_frozen,
-    with_factors,
-)
-from ..modeling.trained_tensors import changed_tensors, same_but_for_rounding, trained_tensors
-from ..modeling.tuned_layers import layer_change, no_weights, tuned_layers
-from ..objective.decomposition import Update
-from .parts import dense_parts, mean_of_moved, update_parts
+from ..modeling.lora import AdaptedLayer, active_adapter, with_factors
+from ..modeling.tuned_layers import no_weights
+from .by_layer import LayerDrifts, adapter_drifts, checkpoint_drifts, factored_drifts
+from .parts import mean_of_moved
 from .schema import PER_LAYER, PER_PROMPT, check_drift
 
 
@@ -110,47 +100,16 @@ class DriftReport:
                 Layers with the factors they are measured from; by default those of the active adapter, from ΔW = 0.
         """
         layers = with_factors(model) if layers is None else layers
-        if not layers or statistics is None:
-            return cls._measure_dense(model, statistics, fisher_energy)
-        factors = [layer.factors() for layer in layers]
-        drift = statistics.drift_of(layers)(factors).cpu()
-        parts = []
-        for layer, (A, B, scaling), weights in zip(layers, factors, each_frozen(layers), strict=True):
-            update = Update(A.float(), B.float() * scaling)
-            parts.append(update_parts(update, statistics.metric(layer.name, update.A.device), fisher_energy, weights))
-        beside = {tensor.name: tensor.relative_change() for tensor in layers[0].beside}
-        uncovered = {name: change for name, change in beside.items() if change > 0}
-        return cls._from_parts([layer.name for layer in layers], drift, parts, statistics, fisher_energy, uncovered)
-
-    @classmethod
-    def _measure_dense(cls, model: PeftModel, statistics: FisherStatistics | None, fisher_energy: float) -> Self:
-        """Measure an adapter layer by layer, whatever its method."""
-        adapter = active_adapter(model)
-        covered = linear_layers(model)
-        if covered and statistics is None:
-            raise ValueError("The drift of these weights needs Fisher statistics of the base model: none were given.")
-        uncovered = {tensor.name: tensor.relative_change() for tensor in trained_tensors(model, adapter)}
-        names, drifts, parts = [], [], []
-        for name, module in tuned_layers(model, adapter):
-            if f"{name}.weight" in uncovered:  # LoRA on an embedding
-                continue
-            change = layer_change(module)
-            uncovered |= {f"{name}.{end}": value for end, value in change.others.items()}
-            if statistics is None or change.weight is None or change.delta is None or name not in covered:
-                continue
-            metric, weights = statistics.metric(name, change.delta.device), one_frozen(change.weight)
-            drift, *rest = dense_parts(change.delta, metric, fisher_energy, weights)
-            names.append(name)
-            drifts.append(drift)
-            parts.append((rest[0], rest[1]))
-        uncovered = {name: change for name, change in uncovered.items() if change > 0}
-        if statistics is not None and names:
-            report = cls._from_parts(names, torch.stack(drifts), parts, statistics, fisher_energy, uncovered)
+        if layers and statistics is not None:
+            return cls._of(factored_drifts(layers, statistics, fisher_energy), statistics, fisher_energy)
+        drifts, adapter = adapter_drifts(model, statistics, fisher_energy), active_adapter(model)
+        if statistics is not None and drifts.names:
+            report = cls._of(drifts, statistics, fisher_energy)
         else:
             metadata = {
                 "base_model": describe_base(model),
                 "without_weights": no_weights(model, adapter),
-                "uncovered": uncovered,
+                "uncovered": drifts.uncovered,
             }
             none = torch.empty(0)
             report = cls([], none, none, none, none, metadata=metadata)
@@ -174,39 +133,11 @@ class DriftReport:
         Raises:
             `ValueError`: If a layer has another shape in the tuned model or is not there, or the statistics cover none.
         """
-        others = linear_layers(tuned, head=True)
-        names, drifts, parts = [], [], []
-        for name, module in linear_layers(base, head=True).items():
-            if name not in statistics.input_of:
-                continue
-            if name not in others or layer_shape(others[name]) != layer_shape(module):
-                raise ValueError(
-                    f"The tuned model has no layer '{name}' of the base model's shape {layer_shape(module)}."
-                )
-            W = base_weight(module)
-            delta = base_weight(others[name]).to(W.device) - W
-            if same_but_for_rounding(others[name].get_parameter("weight"), module.get_parameter("weight")):
-                delta = torch.zeros_like(W)
-            drift, *rest = dense_parts(delta, statistics.metric(name, W.device), fisher_energy, one_frozen(W))
-            names.append(name)
-            drifts.append(drift)
-            parts.append((rest[0], rest[1]))
-        if not names:
-            raise ValueError("The Fisher statistics cover no layer of this base model: they are of another one.")
-        uncovered = changed_tensors(base, tuned, without={f"{name}.weight" for name in names})
-        return cls._from_parts(names, torch.stack(drifts), parts, statistics, fisher_energy, uncovered)
+        return cls._of(checkpoint_drifts(base, tuned, statistics, fisher_energy), statistics, fisher_energy)
 
     @classmethod
-    def _from_parts(
-        cls,
-        names: list[str],
-        drift: Tensor,
-        parts: list[tuple[Tensor, Tensor]],
-        statistics: FisherStatistics,
-        fisher_energy: float,
-        uncovered: dict[str, float],
-    ) -> Self:
-        alignment, overlap = (torch.stack(column) for column in zip(*parts, strict=True))
+    def _of(cls, drifts: LayerDrifts, statistics: FisherStatistics, fisher_energy: float) -> Self:
+        names, drift, alignment, overlap, uncovered = drifts
         metadata = {
             "base_model": statistics.metadata["base_model"],
             "fisher_energy": fisher_energy,

@@ -5,13 +5,15 @@ from pathlib import Path
 
 import pytest
 from huggingface_hub import ModelCard
+from peft import PromptTuningConfig
 from typer.testing import CliRunner
 
 from agl_trl import DriftReport
 from agl_trl.artifacts.files import adapter_folder
 from agl_trl.cli.app import app
-from agl_trl.miniworld import checkpoint_path
+from agl_trl.miniworld import checkpoint_path, load_model
 from tests.helpers.hub_commits import agreeing_folders
+from tests.helpers.models import moved_by
 
 
 @pytest.fixture
@@ -93,3 +95,20 @@ def test_a_pull_request_is_of_a_repo(elsewhere):
     outcome = attach(str(elsewhere), "--create-pr")
     assert outcome.exit_code == 1 and "`--create-pr` is for an adapter on the Hub" in str(outcome.exception)
     assert not (elsewhere / "agl").exists()
+
+
+def test_an_adapter_without_weights_gets_a_card_without_their_numbers(demo_folder, tmp_path):
+    config = PromptTuningConfig(num_virtual_tokens=3, task_type="CAUSAL_LM")
+    moved_by(load_model(), config, 0.5).save_pretrained(tmp_path)
+    (tmp_path / "README.md").unlink()
+    outcome = attach(str(tmp_path), "--fisher", str(demo_folder))
+    assert outcome.exit_code == 0, outcome.exception
+    card = ModelCard.load(tmp_path / "README.md")
+    assert "PROMPT_TUNING adapter" in card.text.replace("\\", "") and "paired p" in card.text
+    assert {result.metric_type for result in card.data.eval_results} == {
+        "refusal_rate",
+        "over_refusal_rate",
+        "kl_divergence",
+    }
+    assert "prompt-tuning" in card.data.tags and "lora" not in card.data.tags
+    assert not (tmp_path / "agl" / "fisher.safetensors").exists(), "no figure is measured with them"
