@@ -47,6 +47,7 @@ WITHOUT_WEIGHTS = {
     "PROMPT_TUNING": peft.PromptTuningConfig(**LEARNED),
     "PREFIX_TUNING": peft.PrefixTuningConfig(**LEARNED),
     "P_TUNING": peft.PromptEncoderConfig(encoder_hidden_size=16, **LEARNED),
+    "CPT": peft.CPTConfig(cpt_token_ids=[5, 6], cpt_mask=[1, 1], cpt_tokens_type_mask=[1, 1], task_type="CAUSAL_LM"),
     "ADAPTION_PROMPT": peft.AdaptionPromptConfig(adapter_len=4, adapter_layers=2, task_type="CAUSAL_LM"),
 }
 
@@ -136,6 +137,22 @@ def test_layer_that_is_no_matrix_is_named_with_the_norm_of_its_change(tokenizer,
     with torch.no_grad():
         found = ((layer(x) - layer.base_layer(x)).norm() / layer.base_layer(x).norm()).item()
     assert report.uncovered["model.layers.0.self_attn.q_proj.weight"] == pytest.approx(found, rel=0.2)
+
+
+def test_lora_that_acts_on_a_part_of_the_tokens_has_no_number_of_the_weights():
+    """Of an activated LoRA: applied to anything but its invocation, its layers do nothing, which is no zero."""
+    report = DriftReport.measure(moved_adapter(tiny_model(), alora_invocation_tokens=[7, 8]), None)
+    assert report.layers == [] and report.without_weights == "an activated LoRA acts on a part of the tokens alone"
+
+
+def test_trained_bias_is_named_beside_the_drift(tokenizer, alignment_rows):
+    model = moved_adapter(tiny_model(), lora_bias=True)
+    report = DriftReport.measure(model, statistics_of(tiny_model(), tokenizer, alignment_rows))
+    plain_lora = DriftReport.measure(
+        moved_adapter(tiny_model()), statistics_of(tiny_model(), tokenizer, alignment_rows)
+    )
+    assert len(report.layers) == len(plain_lora.layers) == 2 and report.mean_relative_drift > 0
+    assert sorted(report.uncovered) == [f"model.layers.{block}.self_attn.q_proj.bias" for block in (0, 1)]
 
 
 @pytest.mark.parametrize("name", WITHOUT_WEIGHTS)
