@@ -19,7 +19,7 @@ from ..modeling.lora import (
     one_frozen,
 )
 from ..modeling.trained_tensors import changed_tensors, same_but_for_rounding, trained_tensors
-from ..modeling.tuned_layers import layer_change, tuned_layers
+from ..modeling.tuned_layers import is_quantised, layer_change, tuned_layers
 from ..objective.decomposition import Update, inner
 from .parts import update_parts
 
@@ -91,7 +91,7 @@ def adapter_drifts(model: PeftModel, statistics: FisherStatistics | None, energy
     for name, module in tuned_layers(model, adapter):
         if f"{name}.weight" in beside:  # LoRA on an embedding
             continue
-        change = layer_change(module)
+        change = layer_change(module, base_weight(module) if is_quantised(module) else None)
         beside |= {f"{name}.{end}": value for end, value in change.others.items()}
         if statistics is not None and name in covered and change.delta is not None and change.weight is not None:
             rows.append(_row(name, change.delta, change.weight, statistics, energy))

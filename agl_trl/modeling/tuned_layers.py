@@ -72,13 +72,21 @@ def no_weights(model: PeftModel, adapter: str) -> str:
 
 
 @torch.no_grad()
-def layer_change(module: BaseTunerLayer) -> LayerChange:
+def layer_change(module: BaseTunerLayer, weight: Tensor | None = None) -> LayerChange:
     """
     What the active adapter does to a layer. A linear layer is applied to the identity, with the adapter on and off, in
     float32: the difference is ΔW, whatever the method, without the rounding of a merge. This is exact; PEFT's conversion to LoRA
     is the singular value decomposition of the same matrix. Other layers are merged, in a copy, and their tensors compared.
+
+    Args:
+        module (`BaseTunerLayer`):
+            PEFT's wrapper around the layer; left as it was.
+        weight (`Tensor`, *optional*):
+            Weight of a quantised linear layer, dequantised: such a layer rounds its inputs.
     """
-    tuned = deepcopy(module).float().eval()
+    tuned: Any = deepcopy(module).float().eval()
+    if weight is not None:
+        tuned.base_layer = _plain_linear(weight, tuned.get_base_layer().bias)
     if not is_linear(module):
         return LayerChange(None, None, _merged_change(tuned))
     frozen = deepcopy(tuned)
@@ -92,11 +100,24 @@ def layer_change(module: BaseTunerLayer) -> LayerChange:
     if not (found - expected).norm() <= LINEAR * expected.norm():
         change = (found - frozen(inputs).float()).norm() / (inputs @ before[0].mT).norm()
         return LayerChange(None, None, {"weight": change.item()})
-    weight, delta = before[0], after[0] - before[0]
-    if delta.norm() <= ROUNDING * weight.norm():
-        delta = torch.zeros_like(weight)
+    delta = after[0] - before[0]
+    if delta.norm() <= ROUNDING * before[0].norm():
+        delta = torch.zeros_like(delta)
     moved = (after[1] - before[1]).norm() > ROUNDING * before[1].norm()
-    return LayerChange(weight, delta, {"bias": relative_change(before[1], after[1], before[1])} if moved else {})
+    return LayerChange(before[0], delta, {"bias": relative_change(before[1], after[1], before[1])} if moved else {})
+
+
+def _plain_linear(weight: Tensor, bias: Tensor | None) -> nn.Linear:
+    layer = nn.Linear(weight.shape[1], weight.shape[0], bias is not None, device="meta")
+    layer.weight = nn.Parameter(weight, requires_grad=False)
+    if bias is not None:
+        layer.bias = nn.Parameter(bias.float(), requires_grad=False)
+    return layer
+
+
+def is_quantised(module: BaseTunerLayer) -> bool:
+    """Whether the weight of a linear layer is kept as codes."""
+    return is_linear(module) and not module.get_base_layer().weight.is_floating_point()
 
 
 def _affine(layer: nn.Module, size: int, device: torch.device) -> tuple[Tensor, Tensor]:
