@@ -116,7 +116,7 @@ def _samples(model: nn.Module) -> list[tuple[Tensor, Tensor]]:
 
 
 def _check_numbers(path: Path) -> None:
-    """Check that an adapter's tensors are all finite numbers."""
+    """Check that an adapter's tensors are all finite numbers; some methods keep indices, as whole numbers."""
     with safe_open(path, framework="pt") as file:
         for name in sorted(file.keys()):
             tensor = file.get_tensor(name)
@@ -155,6 +155,10 @@ def _base_kept(model: PreTrainedModel, path: Path) -> Iterator[None]:
         }
         for name in sorted({*tensors} & {*current}):
             there, here = tensors[name], current[name]
+            if here.is_floating_point() and not there.is_floating_point():
+                raise ArtifactError(
+                    f"The adapter '{path}' is broken: '{name}' holds whole numbers, where weights were expected."
+                )
             if there.shape != here.shape and here.is_floating_point():  # not codes of a quantised one
                 raise ArtifactError(
                     f"The adapter '{path}' does not load into this base model: '{name}' has shape {[*there.shape]} there and "
