@@ -68,12 +68,13 @@ def attach(
             max_new_tokens=max_new_tokens,
             batch_size=batch_size,
         )
-        if fisher is not None:
+        report = DriftReport.from_pretrained(folder)
+        if fisher is not None and report.layers:
             FisherStatistics.from_pretrained(fisher).save_pretrained(folder)
         attach_card(
             folder / "README.md",
             name,
-            DriftReport.from_pretrained(folder),
+            report,
             base_model=base,
             repo_id=adapter if from_hub else None,
             statistics_published=(folder / FOLDER / FISHER_FILE).is_file(),

@@ -100,19 +100,22 @@ def drift(
         _note_foreign_report(folder)
 
     model, tokenizer = load_model(base)
-    if statistics is None or (questions is not None and not isinstance(questions[0]["prompt"], str)):
-        _check_chat_template(tokenizer, base, folder)
     base_model, own = None, None  # in the model of an adapter
     if folder is not None:
         model = load_adapter(model, folder)
     elif tuned is not None:
         base_model, (model, own) = model, load_model(tuned)
+    estimates = statistics is None and bool(linear_layers(base_model or model))
+    if estimates or (questions is not None and not isinstance(questions[0]["prompt"], str)):
+        _check_chat_template(tokenizer, base, folder)
     set_aside = None if questions is None else _tokenizer_set_aside(own, tokenizer, folder, questions)
-    if statistics is None:
+    if estimates:
         typer.echo("No Fisher statistics: taking them from the base model's own answers to requests of DriftCaps.")
         statistics = _own_statistics(base_model or model, tokenizer)
 
     measured = _measured(model, base_model, statistics)
+    if questions is None and measured.without_weights is not None and not measured.uncovered:
+        raise ValueError(f"There is nothing to measure without `--prompts`, since {measured.without_weights}.")
     measured.adapter_sha256 = None if folder is None else sha256(folder / ADAPTER_FILE)
     settings = json.dumps([base, measured.adapter_sha256 or tuned, max_new_tokens])
     # Answers of this very adapter under these settings, where asking was interrupted; gone when the report is there.
@@ -212,12 +215,17 @@ def _note_foreign_report(folder: Path) -> None:
             typer.echo(f"Note on the report that came with the adapter: {error}")
 
 
-def _measured(model: PreTrainedModel, base: PreTrainedModel | None, statistics: FisherStatistics) -> DriftReport:
+def _measured(
+    model: PreTrainedModel | PeftModel, base: PreTrainedModel | None, statistics: FisherStatistics | None
+) -> DriftReport:
     """Drift of a model's weights: of its adapter, or from a base model beside it."""
+    if statistics is None:
+        return DriftReport.measure(model, None)
     layers = linear_layers(model if base is None else base, head=True)
     if base is not None:  # of a checkpoint, the layers that the statistics cover
         layers = {name: module for name, module in layers.items() if name in statistics.input_of}
-    statistics.check_fits(model if base is None else base, layers)
+    if layers:
+        statistics.check_fits(model if base is None else base, layers)
     if base is None:
         return DriftReport.measure(model, statistics)
     return DriftReport.measure_checkpoint(base, model, statistics)

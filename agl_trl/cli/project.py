@@ -10,7 +10,7 @@ from ..drift.projection import write_projected
 from ..drift.report import DriftReport
 from ..fisher.statistics import FisherStatistics
 from ..modeling.loading import load_adapter, load_model
-from ..modeling.lora import linear_layers
+from ..modeling.lora import NoFactors, adapted_layers, linear_layers
 
 
 def project(*, adapter: str, base: str, budget: float, output_dir: Path, fisher: str | None) -> None:
@@ -43,6 +43,14 @@ def project(*, adapter: str, base: str, budget: float, output_dir: Path, fisher:
 
     statistics = FisherStatistics.from_pretrained(fisher or folder)
     model = load_adapter(load_model(base)[0], folder)
+    try:
+        layers = adapted_layers(model)
+    except NoFactors as error:
+        raise ValueError(
+            f"Only the two factors of LoRA can be shrunk, which '{adapter}' does not have. {error}"
+        ) from error
+    if not layers:
+        raise ValueError(f"Only LoRA on linear layers can be shrunk, and '{adapter}' has none.")
     statistics.check_fits(model, linear_layers(model))
 
     before = DriftReport.measure(model, statistics)

@@ -34,7 +34,7 @@ def plot_drift(
 ) -> None:
     """
     Draw refusal before and after by category (where prompts were run) and relative drift by layer. Without matplotlib the
-    picture is left out, with one warning: no run is to end for want of it.
+    picture is left out, with one warning: no run is to end for want of it. There is none of a report that has neither.
 
     Args:
         report ([`DriftReport`]):
@@ -49,6 +49,9 @@ def plot_drift(
     Raises:
         `OSError`: If the picture can't be written.
     """
+    if not report.layers and report.behaviour is None:
+        path.unlink(missing_ok=True)
+        return
     try:
         content = png(_figure(report, name, others or {}))
     except MissingExtra as error:
@@ -81,14 +84,12 @@ def _figure(report: DriftReport, name: str, others: Mapping[str, Behaviour]) -> 
     rows = _behaviour_rows(behaviour) if behaviour is not None else []
     modules, blocks = grid_names(report.layers)
     height = max(3.2, 0.42 * len(rows) + 1.3, 0.34 * len(modules) + 1.6)
-    figure = new_figure(11 if rows else 6.5, height)
+    figure = new_figure(11 if rows and modules else 6.5, height)
+    panels = figure.subplots(1, 2, width_ratios=(1.25, 1)) if rows and modules else [figure.subplots()]
     if behaviour is not None:
-        left, right = figure.subplots(1, 2, width_ratios=(1.25, 1))
-        tuned = {**others, name: behaviour}
-        _draw_behaviour(left, rows, behaviour, tuned)
-    else:
-        right = figure.subplots()
-    _draw_layers(right, report, modules, blocks)
+        _draw_behaviour(panels[0], rows, behaviour, {**others, name: behaviour})
+    if modules:
+        _draw_layers(panels[-1], report, modules, blocks)
     return figure
 
 

@@ -1,6 +1,7 @@
 """DriftReport: how far an adapter has moved the model, in weight space per layer and in behaviour per prompt."""
 
 from dataclasses import dataclass, field
+from math import nan
 from os import PathLike
 from pathlib import Path
 from typing import Any, Self
@@ -22,19 +23,11 @@ from ..artifacts.files import (
 from ..artifacts.schema import read_artifact
 from ..evaluation.behaviour import Behaviour
 from ..evaluation.summary import behaviour_lines
-from ..fisher.statistics import FisherStatistics
-from ..modeling.lora import (
-    AdaptedLayer,
-    adapted_layers,
-    base_weight,
-    each_frozen,
-    layer_shape,
-    linear_layers,
-    one_frozen,
-)
-from ..modeling.trained_tensors import changed_tensors, same_but_for_rounding
-from ..objective.decomposition import Update, inner
-from .parts import mean_of_moved, update_parts
+from ..fisher.statistics import FisherStatistics, describe_base
+from ..modeling.lora import AdaptedLayer, active_adapter, with_factors
+from ..modeling.tuned_layers import no_weights
+from .by_layer import LayerDrifts, adapter_drifts, checkpoint_drifts, factored_drifts
+from .parts import mean_of_moved
 from .schema import PER_LAYER, PER_PROMPT, check_drift
 
 
@@ -48,7 +41,7 @@ class DriftReport:
 
     Args:
         layers (`list[str]`):
-            Names of the adapted layers in the base model.
+            Names of the adapted layers in the base model; none where the update has no drift of weights, as of prompt tuning.
         relative_drift (`Tensor`):
             `‖ΔW‖²_𝓕 / ‖W‖²_𝓕` per layer, dimensionless, of shape `(layers,)`.
         alignment_energy (`Tensor`):
@@ -88,33 +81,40 @@ class DriftReport:
     def measure(
         cls,
         model: PeftModel,
-        statistics: FisherStatistics,
+        statistics: FisherStatistics | None,
         fisher_energy: float = FISHER_ENERGY,
         layers: list[AdaptedLayer] | None = None,
     ) -> Self:
         """
-        Measure the active adapter of a model in weight space.
+        Measure the active adapter of a model in weight space: one of LoRA by its factors, one of another method by the ΔW that
+        its layers have. Where no layer has one, the report has no figure of the weights, and says why.
 
         Args:
             model (`PeftModel`):
                 Base model with its adapter.
-            statistics ([`FisherStatistics`]):
-                Statistics of the base model that cover the layers of the adapter.
+            statistics ([`FisherStatistics`], *optional*):
+                Statistics of the base model that cover the layers of the adapter; `None` where it changes no linear layer.
             fisher_energy (`float`, *optional*, defaults to `0.9`):
                 Share of the trace of 𝓕 that spans the alignment-critical subspace.
             layers (`list[AdaptedLayer]`, *optional*):
                 Layers with the factors they are measured from; by default those of the active adapter, from ΔW = 0.
         """
-        layers = adapted_layers(model) if layers is None else layers
-        factors = [layer.factors() for layer in layers]
-        drift = statistics.drift_of(layers)(factors).cpu()
-        parts = []
-        for layer, (A, B, scaling), weights in zip(layers, factors, each_frozen(layers), strict=True):
-            update = Update(A.float(), B.float() * scaling)
-            parts.append(update_parts(update, statistics.metric(layer.name, update.A.device), fisher_energy, weights))
-        beside = {tensor.name: tensor.relative_change() for tensor in layers[0].beside}
-        uncovered = {name: change for name, change in beside.items() if change > 0}
-        return cls._from_parts([layer.name for layer in layers], drift, parts, statistics, fisher_energy, uncovered)
+        layers = with_factors(model) if layers is None else layers
+        if layers and statistics is not None:
+            return cls._of(factored_drifts(layers, statistics, fisher_energy), statistics, fisher_energy)
+        drifts, adapter = adapter_drifts(model, statistics, fisher_energy), active_adapter(model)
+        if statistics is not None and drifts.names:
+            report = cls._of(drifts, statistics, fisher_energy)
+        else:
+            metadata = {
+                "base_model": describe_base(model),
+                "without_weights": no_weights(model, adapter),
+                "uncovered": drifts.uncovered,
+            }
+            none = torch.empty(0)
+            report = cls([], none, none, none, none, metadata=metadata)
+        report.metadata["method"] = model.peft_config[adapter].peft_type.value
+        return report
 
     @classmethod
     @torch.no_grad()
@@ -133,41 +133,11 @@ class DriftReport:
         Raises:
             `ValueError`: If a layer has another shape in the tuned model or is not there, or the statistics cover none.
         """
-        others = linear_layers(tuned, head=True)
-        names, drifts, parts = [], [], []
-        for name, module in linear_layers(base, head=True).items():
-            if name not in statistics.input_of:
-                continue
-            if name not in others or layer_shape(others[name]) != layer_shape(module):
-                raise ValueError(
-                    f"The tuned model has no layer '{name}' of the base model's shape {layer_shape(module)}."
-                )
-            W = base_weight(module)
-            delta = base_weight(others[name]).to(W.device) - W
-            if same_but_for_rounding(others[name].get_parameter("weight"), module.get_parameter("weight")):
-                delta = torch.zeros_like(W)
-            # ΔW as a product with the identity: the same formulas as for an adapter.
-            update = Update(torch.eye(W.shape[1], device=W.device), delta)
-            metric = statistics.metric(name, W.device)
-            drifts.append((inner(update, update, metric) / metric.weight_norm**2).cpu())
-            names.append(name)
-            parts.append(update_parts(update, metric, fisher_energy, one_frozen(W)))
-        if not names:
-            raise ValueError("The Fisher statistics cover no layer of this base model: they are of another one.")
-        uncovered = changed_tensors(base, tuned, without={f"{name}.weight" for name in names})
-        return cls._from_parts(names, torch.stack(drifts), parts, statistics, fisher_energy, uncovered)
+        return cls._of(checkpoint_drifts(base, tuned, statistics, fisher_energy), statistics, fisher_energy)
 
     @classmethod
-    def _from_parts(
-        cls,
-        names: list[str],
-        drift: Tensor,
-        parts: list[tuple[Tensor, Tensor]],
-        statistics: FisherStatistics,
-        fisher_energy: float,
-        uncovered: dict[str, float],
-    ) -> Self:
-        alignment, overlap = (torch.stack(column) for column in zip(*parts, strict=True))
+    def _of(cls, drifts: LayerDrifts, statistics: FisherStatistics, fisher_energy: float) -> Self:
+        names, drift, alignment, overlap, uncovered = drifts
         metadata = {
             "base_model": statistics.metadata["base_model"],
             "fisher_energy": fisher_energy,
@@ -182,13 +152,26 @@ class DriftReport:
 
     @property
     def mean_relative_drift(self) -> float:
-        """Mean of the relative drift over the layers that moved: *the* number, the same for an adapter and its merged copy."""
-        return mean_of_moved(self.relative_drift).item()
+        """
+        Mean of the relative drift over the layers that moved: *the* number, the same for an adapter and its merged copy. NaN
+        where there is none.
+        """
+        return mean_of_moved(self.relative_drift).item() if self.layers else nan
 
     @property
     def num_moved(self) -> int:
         """Number of layers that moved."""
         return int((self.relative_drift > 0).sum())
+
+    @property
+    def method(self) -> str:
+        """PEFT's name of the method, such as `"LOHA"`; reports of LoRA measured by its factors do not name it."""
+        return self.metadata.get("method", "LORA")
+
+    @property
+    def without_weights(self) -> str | None:
+        """Why the report has no figure of the weights, half a sentence; `None` where it has."""
+        return self.metadata.get("without_weights")
 
     @property
     def uncovered(self) -> dict[str, float]:
@@ -207,14 +190,16 @@ class DriftReport:
 
     def summary(self) -> str:
         """A few readable lines: the number, where the drift sits, and what it did to the answers."""
-        worst = int(self.relative_drift.argmax())
-        total = self.relative_drift.sum()
-        share = (self.alignment_energy.sum() / total).item() if total > 0 else 0.0
-        lines = [
-            f"relative drift        {self.mean_relative_drift:.3e}  ({self._scope()})",
-            f"largest               {self.relative_drift[worst].item():.3e}  ({self.layers[worst]})",
-            f"in alignment subspace {share:.0%}",
-        ]
+        lines = [f"relative drift        not measured: {self.without_weights}"]
+        if self.layers:
+            worst = int(self.relative_drift.argmax())
+            total = self.relative_drift.sum()
+            share = (self.alignment_energy.sum() / total).item() if total > 0 else 0.0
+            lines = [
+                f"relative drift        {self.mean_relative_drift:.3e}  ({self._scope()})",
+                f"largest               {self.relative_drift[worst].item():.3e}  ({self.layers[worst]})",
+                f"in alignment subspace {share:.0%}",
+            ]
         if self.uncovered:
             farthest = max(self.uncovered, key=self.uncovered.__getitem__)
             lines.append(
@@ -236,7 +221,7 @@ class DriftReport:
         path = Path(save_directory) / FOLDER / DRIFT_FILE
         if not torch.isfinite(self.relative_drift).all():
             raise ValueError("The run has diverged: the relative drift is not finite. Lower the learning rate.")
-        tensors = {name: getattr(self, name) for name in PER_LAYER}
+        tensors = {name: getattr(self, name) for name in PER_LAYER} if self.layers else {}
         tensors |= {f"history.{name}": values for name, values in self.history.items()}
         metadata = {
             **self.metadata,
@@ -245,7 +230,7 @@ class DriftReport:
             "global_step": self.global_step,
             "budget_multiplier": self.budget_multiplier,
             "adapter_sha256": self.adapter_sha256,
-            "summary": {"mean_relative_drift": self.mean_relative_drift},
+            "summary": {"mean_relative_drift": self.mean_relative_drift} if self.layers else {},
         }
         if self.behaviour is not None:
             tensors |= {name: getattr(self.behaviour, name) for name in PER_PROMPT}
@@ -279,12 +264,10 @@ class DriftReport:
         if described is not None:
             values: dict[str, Any] = {name: tensors[name] for name in PER_PROMPT}
             behaviour = Behaviour(described.pop("categories"), **values, metadata=described)
+        layers = metadata.pop("layers")
         return cls(
-            layers=metadata.pop("layers"),
-            relative_drift=tensors["relative_drift"],
-            alignment_energy=tensors["alignment_energy"],
-            task_energy=tensors["task_energy"],
-            overlap=tensors["overlap"],
+            layers=layers,
+            **{name: tensors[name] if layers else torch.empty(0) for name in PER_LAYER},
             history={name.removeprefix("history."): t for name, t in tensors.items() if name.startswith("history.")},
             behaviour=behaviour,
             global_step=metadata.pop("global_step"),

@@ -30,7 +30,7 @@ NEGATIVE_TOLERANCE = 1e-6  # of a squared norm that was rounded
 class Summary(Metadata):
     """The number."""
 
-    mean_relative_drift: Number
+    mean_relative_drift: Number | None = None
 
 
 class FisherUsed(Metadata):
@@ -127,6 +127,8 @@ class DriftMetadata(Metadata):
     coefficients: CoefficientsUsed | None = None
     continued: bool = False
     uncovered: dict[str, Number] = Field(default_factory=dict)
+    without_weights: str | None = None
+    method: str | None = None
     projected: ProjectionUsed | None = None
     behaviour: BehaviourMetadata | None = None
 
@@ -149,7 +151,12 @@ def check_drift(tensors: dict[str, Tensor], metadata: dict[str, Any]) -> None:
         used["shrinkage"] = used.pop("damping")
     check_metadata(metadata, DriftMetadata)
     layers, digest = metadata["layers"], metadata["adapter_sha256"]
-    check_names(layers)
+    if layers or metadata.get("without_weights") is None:
+        check_names(layers)
+        if metadata["summary"].get("mean_relative_drift") is None:
+            raise ArtifactError("'summary.mean_relative_drift' is missing")
+    elif "mean_relative_drift" in metadata["summary"]:
+        raise ArtifactError("it has a mean drift, but of no layer")
     if uncovered := metadata.get("uncovered"):
         check_names(uncovered)
         if min(uncovered.values()) < 0:
@@ -161,8 +168,9 @@ def check_drift(tensors: dict[str, Tensor], metadata: dict[str, Any]) -> None:
         raise ArtifactError(f"'adapter_sha256' is {short_repr(digest)}")
     behaviour = metadata.get("behaviour")
     history = {name for name in tensors if name.startswith("history.")}
-    check_tensor_names(tensors, {*PER_LAYER, *history, *(PER_PROMPT if behaviour is not None else ())})
-    for name in PER_LAYER:
+    per_layer = PER_LAYER if layers else ()
+    check_tensor_names(tensors, {*per_layer, *history, *(PER_PROMPT if behaviour is not None else ())})
+    for name in per_layer:
         check_numbers(tensors[name], name, (len(layers),), least=-NEGATIVE_TOLERANCE)
     if history:
         check_names(name.removeprefix("history.") for name in history)

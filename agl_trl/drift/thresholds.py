@@ -13,8 +13,10 @@ OPERATORS = {">=": operator.ge, "<=": operator.le, ">": operator.gt, "<": operat
 
 
 def figures(report: DriftReport) -> dict[str, float]:
-    """Figures a condition can name: of the weights always, of the answers where prompts were asked."""
-    values = {"relative_drift": report.mean_relative_drift, "largest_drift": report.relative_drift.max().item()}
+    """Figures a condition can name: of the weights where they have a drift, of the answers where prompts were asked."""
+    values: dict[str, float] = {}
+    if report.layers:
+        values = {"relative_drift": report.mean_relative_drift, "largest_drift": report.relative_drift.max().item()}
     answers = report.behaviour
     if answers is None:
         return values
@@ -62,12 +64,16 @@ class Condition(NamedTuple):
     def holds(self, report: DriftReport) -> str | None:
         """
         A sentence where the condition is met by a report, `None` where it is not. One on a figure of the weights always is
-        where tensors changed that no such figure covers.
+        where tensors changed that no such figure covers, or the report has none.
 
         Raises:
             `ValueError`: If the report has no such figure.
         """
         known = figures(report)
+        if self.figure in OF_WEIGHTS and not report.layers:
+            return (
+                f"{self.figure} is not measured, since {report.without_weights}: set a limit on the answers instead."
+            )
         if self.figure not in known:
             raise ValueError(f"The report has no figure '{self.figure}'; it has {', '.join(known)}.")
         if report.uncovered and self.figure in OF_WEIGHTS:  # what is not covered is not passed

@@ -145,10 +145,11 @@ def eval_results(report: DriftReport) -> list[EvalResult]:
         "dataset_name": "Rows behind the Fisher statistics",
     }
     label = (
-        "Mean relative drift of the LoRA layers alone" if report.uncovered else "Mean relative drift of the weights"
+        "Mean relative drift of the linear layers alone" if report.uncovered else "Mean relative drift of the weights"
     )
-    found = [("relative_drift", label, float(f"{report.mean_relative_drift:.4g}"))]
-    entries = [(weights, found)]
+    entries = []
+    if report.layers:
+        entries.append((weights, [("relative_drift", label, float(f"{report.mean_relative_drift:.4g}"))]))
     if (behaviour := report.behaviour) is not None:
         name, _ = prompt_set(behaviour)
         kind = f"agl_trl/{name}" if name in PACKAGED else SETS[name].source if name in SETS else name
@@ -191,6 +192,14 @@ def _model_index(existing: Any, name: str, report: DriftReport) -> list[dict[str
     ]
     named = first if kept else {"name": name}  # of no other's results, the name is ours to set
     return [{**named, "results": [*kept, *ours["results"]]}, *others]
+
+
+def _with_index(metadata: dict[str, Any], name: str, report: DriftReport) -> dict[str, Any]:
+    """Metadata with the model index at their end or where it was; none where there is no result, which the Hub refuses."""
+    index = _model_index(metadata.get("model-index"), without_folder(one_line(name)), report)
+    if index[0]["results"]:
+        return {**metadata, "model-index": index}
+    return {key: value for key, value in metadata.items() if key != "model-index"}
 
 
 def _names(value: Any) -> list[str]:
@@ -239,13 +248,14 @@ def adapter_metadata(
     metadata.pop("model_name", None)  # it is in the model index
     metadata |= {"library_name": "peft", "pipeline_tag": "text-generation"}
     kept = [tag for tag in metadata.get("tags", []) if not tag.startswith(RELATION)]
-    metadata["tags"] = sorted({*kept, *tags, TAG, "lora", "transformers"})
+    method = report.method.lower().replace("_", "-")
+    metadata["tags"] = sorted({*kept, *tags, TAG, method, "transformers"})
     metadata.pop("base_model", None), metadata.pop("base_model_relation", None)
     if base_model is not None:
         metadata |= {"base_model": base_model, "base_model_relation": "adapter"}
         metadata["tags"] = sorted([*metadata["tags"], RELATION + base_model])
-    index = _model_index(metadata.pop("model-index", None), without_folder(one_line(name)), report)
-    return {**metadata, "model-index": index}
+    metadata["model-index"] = metadata.pop("model-index", None)  # at the end
+    return _with_index(metadata, name, report)
 
 
 def attached_metadata(
@@ -264,8 +274,7 @@ def attached_metadata(
         metadata |= {"base_model": base_model, "base_model_relation": "adapter"}
     tags = _names(metadata.get("tags"))
     metadata["tags"] = tags if TAG in tags else [*tags, TAG]
-    metadata["model-index"] = _model_index(metadata.get("model-index"), without_folder(one_line(name)), report)
-    return metadata
+    return _with_index(metadata, name, report)
 
 
 def statistics_metadata(existing: dict[str, Any], statistics: FisherStatistics) -> dict[str, Any]:

@@ -122,6 +122,7 @@ def render_adapter(name: str, report: DriftReport, base_model: str | None, repo_
     return render(
         "adapter.md.jinja",
         name=name,
+        method={"LORA": "LoRA", "LOHA": "LoHa", "LOKR": "LoKr"}.get(report.method, report.method),
         base_model=base_model,
         revision=(report.metadata.get("base_model") or {}).get("revision"),
         trained=settings is not None,

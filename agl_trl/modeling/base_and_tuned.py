@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from peft import PeftModel
 from transformers import PreTrainedModel
 
-from .lora import AdaptedLayer, adapted_layers, at_reference
+from .lora import AdaptedLayer, at_reference
 
 
 @dataclass(frozen=True)
@@ -34,5 +34,5 @@ class BaseAndTuned:
         if tuned or self.base is not None:
             yield self.tuned if tuned or self.base is None else self.base
             return
-        with at_reference(self.tuned, self.layers or adapted_layers(self.tuned)):
+        with at_reference(self.tuned, self.layers or []):
             yield self.tuned

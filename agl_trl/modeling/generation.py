@@ -81,11 +81,16 @@ def forward_at(
             Further arguments of the forward pass, such as `output_hidden_states=True`.
     """
     device = input_device(model)
+    # Counted from the end: prompt tuning puts its own tokens before those of the batch, and has states and logits of them.
+    length = batch.input_ids.shape[1]
+    columns = columns - length
     fewer = {"logits_to_keep": columns.to(device)} if takes_logits_to_keep(model) else {}
     inputs = {"input_ids": batch.input_ids.to(device), "attention_mask": batch.attention_mask.to(device)}
     output = model(**inputs, use_cache=False, **fewer, **options)
     if not fewer:
         output.logits = output.logits[:, columns.to(output.logits.device)]
+    if output.hidden_states is not None:
+        output.hidden_states = tuple(states[:, -length:] for states in output.hidden_states)
     return output
 
 

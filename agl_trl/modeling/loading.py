@@ -24,6 +24,9 @@ from ..artifacts.schema import WIDE_FLOATS, short_repr
 from .trained_tensors import same_but_for_rounding
 
 
+BY_TASK = ("POLY", "MULTITASK_PROMPT_TUNING")
+
+
 def load_model(
     name: str, *, dtype: str | None = None, device_map: str | None = None, bits: int | None = None
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
@@ -80,8 +83,20 @@ def load_adapter(model: PreTrainedModel, folder: Path) -> PeftModel:
         raise ArtifactError(f"There is no adapter in '{folder}': '{ADAPTER_FILE}' is missing.")
     try:
         _check_numbers(path)
+        before = _samples(model)
         with _base_kept(model, path):
-            return PeftModel.from_pretrained(model, folder)
+            adapted = PeftModel.from_pretrained(model, folder)
+        if adapted.active_peft_config.peft_type in BY_TASK:
+            raise ArtifactError(
+                f"The adapter in '{folder}' is of type {adapted.active_peft_config.peft_type.value}, which needs the number of a task "
+                "with every prompt: no prompts have one."
+            )
+        if any(not torch.equal(_sample(tensor), sample) for tensor, sample in before):
+            raise ArtifactError(
+                f"The adapter in '{folder}' changes the base model as it loads, as the inits of PiSSA and its kin do: with the adapter "
+                "off, this is not the base model. Merge the adapter and name the merged model with `--tuned`."
+            )
+        return adapted
     except ArtifactError:
         raise
     except (OSError, ValueError, RuntimeError, SafetensorError, LookupError, TypeError) as error:
@@ -89,12 +104,31 @@ def load_adapter(model: PreTrainedModel, folder: Path) -> PeftModel:
         raise ArtifactError(f"The adapter in '{folder}' does not load into this base model: {reason}.") from error
 
 
+def _sample(tensor: Tensor) -> Tensor:
+    """A few numbers from all over a tensor."""
+    flat = tensor.detach().reshape(-1)
+    return flat[:: max(1, len(flat) // 64)].clone()
+
+
+def _samples(model: nn.Module) -> list[tuple[Tensor, Tensor]]:
+    """The parameters of a model, each with a sample of its numbers, by which a change is seen."""
+    return [(tensor, _sample(tensor)) for tensor in model.parameters() if not tensor.is_meta]
+
+
 def _check_numbers(path: Path) -> None:
-    """Check that an adapter's tensors are all finite numbers."""
+    """Check that an adapter's tensors are all finite numbers; some methods keep indices, as whole numbers."""
     with safe_open(path, framework="pt") as file:
         for name in sorted(file.keys()):
             tensor = file.get_tensor(name)
-            if tensor.dtype not in WIDE_FLOATS or not torch.isfinite(tensor.float()).all():
+            whole_numbers = tensor.dtype in (
+                torch.uint8,
+                torch.int8,
+                torch.int16,
+                torch.int32,
+                torch.int64,
+                torch.bool,
+            )
+            if not whole_numbers and (tensor.dtype not in WIDE_FLOATS or not torch.isfinite(tensor.float()).all()):
                 raise ArtifactError(
                     f"The adapter '{path}' is broken: {short_repr(name)} does not hold finite numbers."
                 )
@@ -110,6 +144,10 @@ def _base_kept(model: PreTrainedModel, path: Path) -> Iterator[None]:
         [`ArtifactError`]: Naming the first tensor that is otherwise.
     """
     base = {id(tensor) for tensor in (*model.parameters(), *model.buffers())}
+    with safe_open(
+        path, framework="pt"
+    ) as file:  # what all layers share, such as a vector bank, PEFT keeps beside the model
+        shared = tuple(n.removeprefix("base_model") for n in file.keys() if not n.startswith("base_model.model."))  # noqa: SIM118
 
     def before(module: nn.Module, tensors: dict[str, Tensor], prefix: str, *_: Any) -> None:
         current = {
@@ -117,6 +155,10 @@ def _base_kept(model: PreTrainedModel, path: Path) -> Iterator[None]:
         }
         for name in sorted({*tensors} & {*current}):
             there, here = tensors[name], current[name]
+            if here.is_floating_point() and not there.is_floating_point():
+                raise ArtifactError(
+                    f"The adapter '{path}' is broken: '{name}' holds whole numbers, where weights were expected."
+                )
             if there.shape != here.shape and here.is_floating_point():  # not codes of a quantised one
                 raise ArtifactError(
                     f"The adapter '{path}' does not load into this base model: '{name}' has shape {[*there.shape]} there and "
@@ -136,12 +178,18 @@ def _base_kept(model: PreTrainedModel, path: Path) -> Iterator[None]:
     def after(module: nn.Module, result: Any) -> None:
         names = {name for name, parameter in module.named_parameters() if id(parameter) not in base}
         own = {f"base_model.model.{name}" for name in names if ".ranknum." not in name}  # of AdaLoRA, which saves none
-        if missing := own & {*result.missing_keys}:
+        missing = {name for name in own & {*result.missing_keys} if not name.replace(".default", "").endswith(shared)}
+        if missing:
             raise ArtifactError(f"The adapter '{path}' does not fit this base model: it has no '{min(missing)}'.")
         # Beside a tensor that it has loaded, PEFT may find a second copy under the name without the adapter's.
         copies = {name.replace(".default", "") for name, _ in module.named_parameters(remove_duplicate=False)}
         # What prompt tuning has learned is no part of the base model, and PEFT loads it on its own.
-        known = {"prompt_embeddings", *(f"base_model.model.{name}" for name in copies)}
+        known = {
+            "prompt_embeddings",
+            "prefix_task_cols",
+            "prefix_task_rows",
+            *(f"base_model.model.{name}" for name in copies),
+        }
         if unknown := {*result.unexpected_keys} - known:
             raise ArtifactError(
                 f"The adapter '{path}' does not fit this base model, which has no place for "

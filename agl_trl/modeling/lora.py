@@ -9,8 +9,10 @@ from typing import Any, Self
 
 import torch
 from peft import PeftModel
+from peft.tuners.lora import Embedding as LoraEmbedding
 from peft.tuners.lora import Linear as LoraLinear
 from peft.tuners.lora import LoraLayer
+from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.integrations import dequantize_bnb_weight, dequantize_module_weight
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
@@ -21,12 +23,17 @@ from ..objective.collision import FrozenWeights
 from ..objective.quadratic_form import LoraFactors
 from .sharding import put, whole
 from .trained_tensors import TrainedTensor, trained_tensors
+from .tuned_layers import tuned_linear_layers
 
 
 # Inits that leave ΔW = 0 and the base weight untouched: adapter off *is* the base model.
 ZERO_DELTA_INITS = (True, "gaussian", "eva", "orthogonal")
 # Quantised linear layers of PEFT, named by class because their modules import only where bitsandbytes is installed.
 QUANTIZED_LORA_LAYERS = ("Linear4bit", "Linear8bitLt")
+
+
+class NoFactors(ValueError):
+    """An adapter is outside the maths of LoRA factors: it can be measured, but neither guarded nor projected."""
 
 
 @dataclass(frozen=True)
@@ -102,29 +109,30 @@ def active_adapter(model: PeftModel) -> str:
 
 def adapted_layers(model: PreTrainedModel | PeftModel) -> list[AdaptedLayer]:
     """
-    LoRA layers of the active adapter, in the order of the model; empty for a model without an adapter.
+    LoRA layers of the active adapter, in the order of the model; empty for a model without an adapter. LoRA on embeddings is
+    no layer, but trained beside them.
 
     Args:
         model (`PreTrainedModel` or `PeftModel`):
             Model to look at.
 
     Raises:
-        `ValueError`: If the adapter is outside the maths: another method than LoRA, DoRA and other variants,
-            embeddings, convolutions, `target_parameters`, a LoRA bias, or an init that changes the base weight.
+        [`NoFactors`]: If the adapter is outside the maths: another method than LoRA, DoRA and other variants, convolutions,
+            `target_parameters`, a LoRA bias, or an init that changes the base weight.
     """
     if not isinstance(model, PeftModel):
         return []
     adapter = active_adapter(model)
     config = model.peft_config[adapter]
     if config.peft_type != "LORA":
-        raise ValueError(f"AGL guards LoRA adapters, but adapter '{adapter}' is of type {config.peft_type.value}.")
+        raise NoFactors(f"AGL guards LoRA adapters, but adapter '{adapter}' is of type {config.peft_type.value}.")
     if config.init_lora_weights not in ZERO_DELTA_INITS:
-        raise ValueError(
+        raise NoFactors(
             f"`init_lora_weights={config.init_lora_weights!r}` starts from another ΔW than zero or changes the base "
             "weight, so that 'adapter off' is not the aligned model: use the default init."
         )
     if config.bias != "none":
-        raise ValueError(
+        raise NoFactors(
             f"`LoraConfig(bias={config.bias!r})` trains biases of the base model, so that 'adapter off' is not the aligned model: "
             "use `bias='none'`."
         )
@@ -132,6 +140,8 @@ def adapted_layers(model: PreTrainedModel | PeftModel) -> list[AdaptedLayer]:
     for name, module in model.get_base_model().named_modules():
         if isinstance(module, LoraLayer) and adapter in _adapters(module):
             _check_supported(name, module, adapter)
+            if isinstance(module, LoraEmbedding):
+                continue  # in `beside`
             layers.append(AdaptedLayer(name, module, adapter, beside=beside))
     return layers
 
@@ -143,22 +153,30 @@ def _adapters(module: LoraLayer) -> set[str]:
 def _check_supported(name: str, module: LoraLayer, adapter: str) -> None:
     if adapter in module.lora_variant:
         variant = type(module.lora_variant[adapter]).__name__.removesuffix("LinearVariant")
-        raise ValueError(f"Layer '{name}' uses the LoRA variant {variant}, which AGL has no quadratic form for.")
+        raise NoFactors(f"Layer '{name}' uses the LoRA variant {variant}, which AGL has no quadratic form for.")
     if type(module).__name__ == "ParamWrapper":
-        raise ValueError(
+        raise NoFactors(
             f"Layer '{name}' holds its weights as bare parameters (a router, or experts in one tensor), but AGL guards linear "
             "layers only. PEFT adapts such layers too where `target_modules` is 'all-linear' or names them: name the attention "
             "projections, such as `target_modules=['q_proj', 'k_proj', 'v_proj', 'o_proj']`, and no `target_parameters`."
         )
-    if not (isinstance(module, LoraLinear) or type(module).__name__ in QUANTIZED_LORA_LAYERS):
-        raise ValueError(
-            f"Layer '{name}' is adapted by {type(module).__name__}, but AGL guards linear layers only: leave embeddings "
-            "and convolutions out of the adapter."
+    if not (isinstance(module, LoraLinear | LoraEmbedding) or type(module).__name__ in QUANTIZED_LORA_LAYERS):
+        raise NoFactors(
+            f"Layer '{name}' is adapted by {type(module).__name__}, but AGL guards linear layers only: leave convolutions out of "
+            "the adapter."
         )
     if module.lora_bias[adapter]:
-        raise ValueError(
+        raise NoFactors(
             f"Layer '{name}' trains a LoRA bias, which the quadratic form does not cover: set `lora_bias=False`."
         )
+
+
+def with_factors(model: PeftModel) -> list[AdaptedLayer] | None:
+    """[`adapted_layers`], or `None` where the adapter is outside their maths."""
+    try:
+        return adapted_layers(model)
+    except NoFactors:
+        return None
 
 
 @contextmanager
@@ -167,7 +185,7 @@ def at_reference(model: PeftModel, layers: list[AdaptedLayer]) -> Iterator[None]
     The model as it was when training began: adapter off, or its reference factors and what it trains beside them put back for
     a while.
     """
-    if layers[0].reference is None:
+    if not layers or layers[0].reference is None:
         with model.disable_adapter():
             yield
         return
@@ -199,11 +217,14 @@ def trained_outside_lora(model: PeftModel) -> list[str]:
 
 def linear_layers(model: PreTrainedModel | PeftModel, *, head: bool = False) -> dict[str, nn.Module]:
     """
-    Linear layers by base name: the guarded ones of a model with an adapter; of a plain model all but the output
-    embeddings (those that `target_modules="all-linear"` would adapt), or these too (`head`).
+    Linear layers by base name: those that its adapter changes of a model with one, whatever its method; of a plain model all but
+    the output embeddings (those that `target_modules="all-linear"` would adapt), or these too (`head`).
     """
     if isinstance(model, PeftModel):
-        return {layer.name: layer.module for layer in adapted_layers(model)}
+        layers = with_factors(model)
+        if layers is None:
+            return tuned_linear_layers(model, active_adapter(model))
+        return {layer.name: layer.module for layer in layers}
     left_out = None if head else model.get_output_embeddings()
     return {
         name: module
@@ -216,7 +237,9 @@ def layer_shape(module: nn.Module) -> tuple[int, int]:
     """`(d_out, d_in)` of a linear layer or of PEFT's wrapper around one."""
     if isinstance(module, Conv1D):
         return module.weight.shape[1], module.weight.shape[0]
-    assert isinstance(module, LoraLayer | nn.Linear)
+    if isinstance(module, BaseTunerLayer):
+        return layer_shape(module.get_base_layer())
+    assert isinstance(module, nn.Linear)
     return module.out_features, module.in_features
 
 
@@ -243,7 +266,7 @@ def _unpacked(weight: Any) -> Tensor:
 @torch.no_grad()
 def base_weight(module: nn.Module) -> Tensor:
     """Frozen weight `W` of shape `(d_out, d_in)`, float32; a quantised one is dequantised."""
-    base: Any = module.get_base_layer() if isinstance(module, LoraLayer) else module
+    base: Any = module.get_base_layer() if isinstance(module, BaseTunerLayer) else module
     if type(base.weight).__name__ == "Int8Params":  # which PEFT's general function breaks on a CPU, by moving it
         weight = dequantize_bnb_weight(base.weight, state=base.state).float()
     elif getattr(getattr(base.weight, "quant_state", None), "packing_format_for_cpu", False):

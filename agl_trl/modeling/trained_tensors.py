@@ -1,10 +1,11 @@
-"""What differs from the base model and is no LoRA layer: tensors that an adapter trains beside LoRA, or of a checkpoint."""
+"""What differs from the base model and is no linear layer: tensors that an adapter trains beside these, or of a checkpoint."""
 
 from collections.abc import Collection
 from dataclasses import dataclass
 
 import torch
 from peft import PeftModel
+from peft.tuners.lora import Embedding as LoraEmbedding
 from peft.utils import AuxiliaryTrainingWrapper, ModulesToSaveWrapper, TrainableTokensWrapper
 from torch import Tensor, nn
 
@@ -17,7 +18,7 @@ ROWS = 4096  # of a tensor that are looked at together
 @dataclass
 class TrainedTensor:
     """
-    Tensor that an adapter trains beside LoRA: of `modules_to_save`, or the rows of `trainable_token_indices`.
+    Tensor that an adapter trains beside its layers: of `modules_to_save`, or the rows of `trainable_token_indices`.
 
     Args:
         name (`str`):
@@ -61,10 +62,54 @@ class TrainedTensor:
         return relative_change(start, whole(self.parameter()), base)
 
 
+@dataclass
+class EmbeddingFactor(TrainedTensor):
+    """
+    One of the two LoRA factors on an embedding, `W′ = W + s(BA)ᵀ`. No input covariance tells how much a row of an embedding
+    counts, so that the change is told by its norm, by B for both.
+
+    Args:
+        scaling (`float`):
+            s.
+        A ([`EmbeddingFactor`], *optional*):
+            The other factor, of B.
+    """
+
+    scaling: float = 1.0
+    A: "EmbeddingFactor | None" = None
+
+    @torch.no_grad()
+    def relative_change(self) -> float:
+        """`‖W′ − W₀‖ / ‖W‖` in the Frobenius norm, without forming a matrix of the vocabulary's size; 0 of A."""
+        if self.A is None:
+            return 0.0
+        B, A = (whole(factor.parameter()).double() for factor in (self, self.A))
+        if self.reference is not None and self.A.reference is not None:
+            B = torch.cat([B, -self.reference.to(B)], 1)
+            A = torch.cat([A, self.A.reference.to(A)])
+        squared = ((B.mT @ B) * (A @ A.mT)).sum().clamp_min(0).item()
+        norm = torch.linalg.vector_norm(whole(self.frozen.get_parameter("weight")), dtype=torch.float32).item()
+        return self.scaling * squared**0.5 / norm if norm > 0 else float(squared > 0)
+
+
+def _embedding_factors(name: str, module: LoraEmbedding, adapter: str) -> list[EmbeddingFactor]:
+    base, scaling = module.get_base_layer(), module.scaling[adapter]
+    A = EmbeddingFactor(
+        f"{name}.lora_embedding_A", module.lora_embedding_A, adapter, base, "weight", None, None, scaling
+    )
+    B = EmbeddingFactor(f"{name}.weight", module.lora_embedding_B, adapter, base, "weight", None, None, scaling, A)
+    return [A, B]
+
+
 def trained_tensors(model: PeftModel, adapter: str) -> tuple[TrainedTensor, ...]:
-    """What an adapter trains beside LoRA, each tensor once; whether it may be trained further makes no difference."""
+    """
+    What an adapter trains beside its layers, and LoRA on embeddings, each tensor once; whether it may be trained further makes
+    no difference.
+    """
     found: list[TrainedTensor] = []
     for name, module in model.get_base_model().named_modules():
+        if isinstance(module, LoraEmbedding) and adapter in module.lora_embedding_A and not module.lora_variant:
+            found += _embedding_factors(name, module, adapter)
         if not isinstance(module, AuxiliaryTrainingWrapper):
             continue
         if isinstance(module, ModulesToSaveWrapper) and adapter in module.modules_to_save:

@@ -190,7 +190,8 @@ def summary(model: Model) -> list[dict[str, Any]]:
         else {
             "model": side.title,
             "notice": None,
-            "mean_relative_drift": report.mean_relative_drift,
+            "mean_relative_drift": report.mean_relative_drift if report.layers else None,
+            "without_weights": report.without_weights,
             "layers": report.layers,
             **{name: getattr(report, name).tolist() for name in MEASURES.values()},
             "history": {name: values.tolist() for name, values in report.history.items()},

@@ -70,7 +70,12 @@ class Model:
         self._adapters_off = ExitStack()  # holds PEFT's context while the base is the current side
         # `load_adapter` calls its adapter "default"; further ones have the names of their sides.
         self._names = {side.key: side.key if side.key in model.peft_config else "default" for side in sides[1:]}
+        config = model.active_peft_config
+        # PEFT puts a learned prompt before every input: no cache, all tokens anew.
+        self._learned_prompt = config.is_prompt_learning
         self.context = context_length(model)
+        if self.context is not None and self._learned_prompt:
+            self.context -= config.num_virtual_tokens
         self._ends, self._decode = end_tokens(tokenizer, model), answer_decoder(tokenizer)
 
     def stream(self, side: Side, prompt: str, decoding: Decoding) -> Iterator[tuple[str, int]]:
@@ -94,12 +99,14 @@ class Model:
         inputs, cache, written = torch.tensor([ids], device=device), None, list[int]()
         while len(written) < room:
             with self._as(side):
-                output = self._model(input_ids=inputs, past_key_values=cache, use_cache=True)
+                output = self._model(input_ids=inputs, past_key_values=cache, use_cache=not self._learned_prompt)
             token = _choose(output.logits[0, -1].float(), decoding.temperature, generator)
             if token in self._ends:
                 break
             written.append(token)
-            inputs, cache = torch.tensor([[token]], device=device), output.past_key_values
+            following = torch.tensor([[token]], device=device)
+            inputs = torch.cat([inputs, following], 1) if self._learned_prompt else following
+            cache = None if self._learned_prompt else output.past_key_values
             # A character of several tokens is not shown before it is whole.
             yield self._decode([written])[0].rstrip("\ufffd").lstrip(), len(written)
 

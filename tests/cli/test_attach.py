@@ -6,17 +6,19 @@ from pathlib import Path
 
 import pytest
 from huggingface_hub import ModelCard
+from peft import PromptTuningConfig
 from typer.testing import CliRunner
 
 from agl_trl import DriftReport
 from agl_trl.artifacts.files import adapter_folder
 from agl_trl.cli.app import app
 from agl_trl.miniworld import checkpoint_path
+from agl_trl.miniworld import load_model as load_miniworld
 from agl_trl.modeling.generation import generate_answers
 from agl_trl.modeling.loading import load_adapter, load_model
 from agl_trl.space.models import Models
 from tests.helpers.hub_commits import agreeing_folders
-from tests.helpers.models import byte_tokenizer, moved_adapter, tiny_model
+from tests.helpers.models import byte_tokenizer, moved_adapter, moved_by, tiny_model
 
 
 @pytest.fixture
@@ -137,3 +139,20 @@ def test_a_tokenizer_without_padding_is_asked_in_batches(missing, tmp_path):
             progress=False,
         )
         assert found == alone
+
+
+def test_an_adapter_without_weights_gets_a_card_without_their_numbers(demo_folder, tmp_path):
+    config = PromptTuningConfig(num_virtual_tokens=3, task_type="CAUSAL_LM")
+    moved_by(load_miniworld(), config, 0.5).save_pretrained(tmp_path)
+    (tmp_path / "README.md").unlink()
+    outcome = attach(str(tmp_path), "--fisher", str(demo_folder))
+    assert outcome.exit_code == 0, outcome.exception
+    card = ModelCard.load(tmp_path / "README.md")
+    assert "PROMPT_TUNING adapter" in card.text.replace("\\", "") and "paired p" in card.text
+    assert {result.metric_type for result in card.data.eval_results} == {
+        "refusal_rate",
+        "over_refusal_rate",
+        "kl_divergence",
+    }
+    assert "prompt-tuning" in card.data.tags and "lora" not in card.data.tags
+    assert not (tmp_path / "agl" / "fisher.safetensors").exists(), "no figure is measured with them"

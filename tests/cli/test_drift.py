@@ -4,8 +4,16 @@ import json
 import shutil
 
 import pytest
-from peft import LoraConfig, PeftModel
-from transformers import PrinterCallback
+from peft import (
+    LoHaConfig,
+    LoraConfig,
+    OFTConfig,
+    PeftConfig,
+    PeftModel,
+    PrefixTuningConfig,
+    PromptTuningConfig,
+)
+from transformers import AutoModelForCausalLM, AutoTokenizer, PrinterCallback
 from trl import SFTConfig, SFTTrainer
 
 from agl_trl import DriftReport, FisherStatistics, estimate_fisher
@@ -16,7 +24,7 @@ from agl_trl.hub.card_text import render_evidence
 from agl_trl.miniworld import heldout_prompts, load_model, load_tokenizer, task_dataset
 from agl_trl.modeling.lora import adapted_layers
 from tests.helpers.commands import command
-from tests.helpers.models import byte_tokenizer, moved_adapter, tiny_model
+from tests.helpers.models import byte_tokenizer, moved_adapter, moved_by, tiny_model
 
 
 @pytest.fixture(scope="module")
@@ -153,11 +161,12 @@ def test_adapter_of_another_base_is_named(demo_folder, tmp_path, monkeypatch, ca
     assert not (tmp_path / "out").exists()
 
 
-def tiny_world(folder, **config):
-    """A tiny model with its tokenizer, and an adapter on it of which everything has moved."""
+def tiny_world(folder, method: PeftConfig | None = None, **config):
+    """A tiny model with its tokenizer, and an adapter on it (by default LoRA) of which everything has moved."""
     tiny_model().save_pretrained(folder / "base")
     byte_tokenizer().save_pretrained(folder / "base")
-    moved_adapter(tiny_model(), **config).save_pretrained(folder / "adapter")
+    tuned = moved_adapter(tiny_model(), **config) if method is None else moved_by(tiny_model(), method)
+    tuned.save_pretrained(folder / "adapter")
     options = ("--base", folder / "base", "--adapter", folder / "adapter", "--output-dir", folder / "out")
     return ("drift", *options)
 
@@ -205,6 +214,63 @@ def test_published_statistics_without_the_head_are_told_with_what_to_do(
     )
     code, out, err = command(monkeypatch, capsys, *checkpoint, *fisher)
     assert code == 0 and "most of all lm_head.weight" in out, err
+
+
+@pytest.mark.parametrize(
+    "config",
+    [LoHaConfig(r=2, target_modules=["q_proj"]), OFTConfig(oft_block_size=8, target_modules=["q_proj"])],
+    ids=["loha", "oft"],
+)
+def test_adapter_of_another_method_has_the_number_of_its_merged_copy(config, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr("agl_trl.cli.drift.driftcaps_requests", lambda: driftcaps_requests().select(range(4)))
+    arguments = tiny_world(tmp_path, config)
+    code, out, err = command(monkeypatch, capsys, *arguments, "--fail-if", "relative_drift>1e9")
+    assert code == 0 and "relative drift" in out, err
+    report = DriftReport.from_pretrained(tmp_path / "out")
+    assert report.method == config.peft_type.value and report.num_moved == len(report.layers) == 2
+    gate = f"relative_drift>{report.mean_relative_drift * 0.99}"
+    assert command(monkeypatch, capsys, *arguments, "--fail-if", gate)[0] == 1
+    base = AutoModelForCausalLM.from_pretrained(tmp_path / "base")
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "base")
+    statistics = estimate_fisher(base, driftcaps_requests().select(range(4)), tokenizer, progress=False)
+    statistics.save_pretrained(tmp_path / "statistics")
+    merged = PeftModel.from_pretrained(base, tmp_path / "adapter").merge_and_unload()
+    merged.save_pretrained(tmp_path / "merged")
+    tokenizer.save_pretrained(tmp_path / "merged")
+    options = ("--tuned", tmp_path / "merged", "--fisher", tmp_path / "statistics", "--output-dir", tmp_path / "twin")
+    code, _, err = command(monkeypatch, capsys, "drift", "--base", tmp_path / "base", *options)
+    assert code == 0, err
+    twin = DriftReport.from_pretrained(tmp_path / "twin")
+    assert report.mean_relative_drift == pytest.approx(twin.mean_relative_drift, rel=1e-3)
+
+
+@pytest.mark.parametrize("config", [PromptTuningConfig, PrefixTuningConfig], ids=["prompt", "prefix"])
+def test_adapter_without_a_change_of_weights_is_measured_by_answers_alone(config, tmp_path, monkeypatch, capsys):
+    arguments = tiny_world(tmp_path, config(num_virtual_tokens=3, task_type="CAUSAL_LM"))
+    code, _, err = command(monkeypatch, capsys, *arguments)
+    name = config.__name__.removesuffix("Config").replace("Tuning", "_TUNING").upper()
+    sentence = (
+        f"There is nothing to measure without `--prompts`, since this adapter, of type {name}, changes no linear layer"
+    )
+    assert code == 1 and sentence in err.splitlines()[-1] and not (tmp_path / "out" / "agl").exists(), err
+    rows = [{"prompt": "one", "unsafe": True}, {"prompt": "two", "unsafe": False}]
+    (tmp_path / "prompts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    asked = ("--prompts", tmp_path / "prompts.jsonl", "--max-new-tokens", 4)
+    code, out, err = command(monkeypatch, capsys, *arguments, *asked, "--fail-if", "kl_unsafe>1e9")
+    assert code == 0 and "not measured: this adapter" in out and "KL" in out and "No Fisher statistics" not in out, err
+    report = DriftReport.from_pretrained(tmp_path / "out")
+    assert report.layers == [] and report.behaviour is not None and report.behaviour.kl_first_tokens.min() > 0
+    assert (tmp_path / "out" / "agl" / "drift.png").is_file()
+    code, _, err = command(monkeypatch, capsys, *arguments, *asked, "--fail-if", "relative_drift>1e9")
+    assert code == 1 and err.splitlines()[-1].count("relative_drift is not measured, since") == 1, err
+
+
+def test_lora_on_embeddings_passes_no_gate_on_weights(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr("agl_trl.cli.drift.driftcaps_requests", lambda: driftcaps_requests().select(range(4)))
+    arguments = tiny_world(tmp_path, target_modules=["q_proj", "embed_tokens"])
+    code, out, err = command(monkeypatch, capsys, *arguments, "--fail-if", "relative_drift>1e9")
+    assert code == 1 and "'model.embed_tokens.weight'" in err and "most of all model.embed_tokens.weight" in out, err
+    assert len(DriftReport.from_pretrained(tmp_path / "out").layers) == 2
 
 
 @pytest.mark.parametrize("own", [True, False])

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from peft import PeftModel
+from peft import LoHaConfig, LoraConfig, PeftModel, PromptTuningConfig
 from safetensors.torch import load_file
 
 from agl_trl import DriftReport, FisherStatistics
@@ -10,6 +10,7 @@ from agl_trl.artifacts.files import sha256
 from agl_trl.evaluation.behaviour import measure_behaviour
 from agl_trl.miniworld import heldout_prompts, load_model, load_tokenizer
 from tests.helpers.commands import command
+from tests.helpers.models import moved_by
 
 
 def test_command_writes_a_projected_copy(demo_folder, tmp_path, monkeypatch, capsys):
@@ -51,3 +52,22 @@ def test_a_budget_that_is_none_is_told_before_anything_is_loaded(budget, tmp_pat
     arguments = ("project", "gone/adapter", "--base", "gone", "--output-dir", tmp_path / "out", "--budget", budget)
     code, _, err = command(monkeypatch, capsys, *arguments)
     assert code == 1 and "`--budget` must be above 0" in err and not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("config", "reason"),
+    [
+        (LoHaConfig(r=2, target_modules=["q_proj"]), "is of type LOHA"),
+        (PromptTuningConfig(num_virtual_tokens=3, task_type="CAUSAL_LM"), "is of type PROMPT_TUNING"),
+        (LoraConfig(use_dora=True, target_modules=["q_proj"]), "uses the LoRA variant Dora"),
+        (LoraConfig(target_modules=["embed_tokens"]), "has none"),
+    ],
+)
+def test_an_adapter_without_factors_of_linear_layers_is_refused(
+    config, reason, demo_folder, tmp_path, monkeypatch, capsys
+):
+    moved_by(load_model(), config).save_pretrained(tmp_path / "adapter")
+    options = ("--base", "miniworld", "--fisher", demo_folder, "--budget", 1e-4, "--output-dir", tmp_path / "out")
+    code, _, err = command(monkeypatch, capsys, "project", tmp_path / "adapter", *options)
+    last = err.splitlines()[-1]
+    assert code == 1 and "can be shrunk" in last and reason in last and not (tmp_path / "out").exists(), err

@@ -10,7 +10,7 @@ from agl_trl import FisherStatistics, estimate_fisher
 from agl_trl.cli.app import app
 from agl_trl.data.alignment import tokenize_row
 from agl_trl.fisher.cost import fisher_cost, seconds_by_trial
-from agl_trl.modeling.lora import linear_layers
+from agl_trl.modeling.lora import adapted_layers, linear_layers
 from tests.helpers.models import MIXTURES, tiny_model, tiny_vision_model
 from tests.helpers.processes import COMMON, launch
 from tests.helpers.skipping_worker import statistics_of
@@ -98,7 +98,8 @@ def test_mixtures_are_measured_plain_and_guarded_in_their_attention(architecture
     with pytest.raises(
         ValueError, match=r"experts in one tensor.*target_modules=\['q_proj', 'k_proj', 'v_proj', 'o_proj'\]"
     ):
-        estimate_fisher(model, alignment_rows, tokenizer, progress=False)
+        adapted_layers(model)  # which training asks; `drift` measures it, and its statistics are of the linear layers
+    assert {*estimate_fisher(model, alignment_rows, tokenizer, progress=False).input_of} == {*plain.input_of}
     targets = ["q_proj", "k_proj", "v_proj", "o_proj"]
     model = get_peft_model(tiny_model(architecture), LoraConfig(r=2, target_modules=targets))
     assert len(estimate_fisher(model, alignment_rows, tokenizer, progress=False).input_of) == 8

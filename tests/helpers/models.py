@@ -2,7 +2,7 @@
 
 import torch
 from datasets import Dataset
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from transformers import (
     AutoConfig,
@@ -128,7 +128,12 @@ def tiny_vision_language_model(seed: int = 0) -> PreTrainedModel:
 def moved_adapter(model: PreTrainedModel, scale: float = 0.05, **config) -> PeftModel:
     """A model with an adapter (by default LoRA of rank 2 on the query projections) of which everything that it trains has moved."""
     options = {"r": 2, "target_modules": ["q_proj"], "task_type": "CAUSAL_LM"}
-    tuned = get_peft_model(model, LoraConfig(**options | config))
+    return moved_by(model, LoraConfig(**options | config), scale)
+
+
+def moved_by(model: PreTrainedModel, config: PeftConfig, scale: float = 0.05) -> PeftModel:
+    """A model with an adapter of any method, of which everything that it trains has moved."""
+    tuned = get_peft_model(model, config)
     generator = torch.Generator().manual_seed(1)
     for parameter in tuned.parameters():
         if parameter.requires_grad:

@@ -113,4 +113,4 @@ def test_number_that_leaves_something_out_says_so_in_the_model_index():
     report = made_up_report()
     assert eval_results(report)[0].metric_name == "Mean relative drift of the weights"
     report.metadata["uncovered"] = {"lm_head.weight": 0.1}
-    assert eval_results(report)[0].metric_name == "Mean relative drift of the LoRA layers alone"
+    assert eval_results(report)[0].metric_name == "Mean relative drift of the linear layers alone"

@@ -4,12 +4,28 @@ import json
 
 import pytest
 import torch
-from peft import AdaLoraConfig, IA3Config, LoHaConfig, OFTConfig, PromptTuningConfig, VeraConfig, get_peft_model
+from peft import (
+    AdaLoraConfig,
+    IA3Config,
+    LoHaConfig,
+    LoraConfig,
+    OFTConfig,
+    PolyConfig,
+    PrefixTuningConfig,
+    PromptEncoderConfig,
+    PromptTuningConfig,
+    ShiraConfig,
+    TinyLoraConfig,
+    UniLoraConfig,
+    VBLoRAConfig,
+    VeraConfig,
+    get_peft_model,
+)
 from safetensors.torch import load_file, save_file
 
 from agl_trl.artifacts.files import ArtifactError
 from agl_trl.modeling.loading import load_adapter
-from tests.helpers.models import moved_adapter, tiny_model, tiny_vision_language_model
+from tests.helpers.models import moved_adapter, moved_by, tiny_model, tiny_vision_language_model
 
 
 FILE = "adapter_model.safetensors"
@@ -118,17 +134,45 @@ def test_reason_is_told_where_an_adapter_does_not_load(config, changes, sentence
         VeraConfig(r=2, target_modules=["q_proj"], task_type="CAUSAL_LM"),
         AdaLoraConfig(init_r=4, target_r=2, total_step=10, target_modules=["q_proj"], task_type="CAUSAL_LM"),
         PromptTuningConfig(num_virtual_tokens=3, task_type="CAUSAL_LM"),
+        PrefixTuningConfig(num_virtual_tokens=3, task_type="CAUSAL_LM"),
+        PromptEncoderConfig(num_virtual_tokens=3, encoder_hidden_size=16, task_type="CAUSAL_LM"),
+        ShiraConfig(r=2, target_modules=["q_proj"], task_type="CAUSAL_LM"),  # its file holds integers
+        # These share what they train between layers: it is in the file once.
+        VBLoRAConfig(r=2, vector_length=16, num_vectors=8, target_modules=["q_proj"], task_type="CAUSAL_LM"),
+        UniLoraConfig(r=2, target_modules=["q_proj"], task_type="CAUSAL_LM"),
+        TinyLoraConfig(r=2, target_modules=["q_proj"], task_type="CAUSAL_LM"),
+        LoraConfig(r=2, target_modules=["q_proj", "embed_tokens"], task_type="CAUSAL_LM"),
     ],
     ids=lambda config: config.peft_type.value,
 )
 def test_other_methods_load_as_they_were_and_off_the_model_is_the_base(config, tmp_path):
-    tuned = get_peft_model(tiny_model(), config)
-    generator = torch.Generator().manual_seed(1)
-    for parameter in tuned.parameters():
-        if parameter.requires_grad:
-            parameter.data.add_(0.05 * torch.randn(parameter.shape, generator=generator))
+    tuned = moved_by(tiny_model(), config)
     tuned.save_pretrained(tmp_path)
     loaded = load_adapter(tiny_model(), tmp_path)
     torch.testing.assert_close(logits(loaded), logits(tuned), rtol=0, atol=1e-5)
     with loaded.disable_adapter():
         assert torch.equal(logits(loaded), logits(tiny_model()))
+
+
+def test_what_all_layers_share_must_be_in_the_file(tmp_path):
+    config = VBLoRAConfig(r=2, vector_length=16, num_vectors=8, target_modules=["q_proj"], task_type="CAUSAL_LM")
+    moved_by(tiny_model(), config).save_pretrained(tmp_path)
+    tensors = load_file(tmp_path / FILE)
+    del tensors["base_model.vblora_vector_bank"]
+    save_file(tensors, tmp_path / FILE)
+    with pytest.raises(ArtifactError, match="it has no '.*vblora_vector_bank"):
+        load_adapter(tiny_model(), tmp_path)
+
+
+@pytest.mark.parametrize("init", ["pissa", "olora"])
+def test_adapter_that_changes_the_base_as_it_loads_is_refused(init, tmp_path):
+    moved_adapter(tiny_model(), init_lora_weights=init).save_pretrained(tmp_path)
+    with pytest.raises(ArtifactError, match="changes the base model as it loads.* `--tuned`"):
+        load_adapter(tiny_model(), tmp_path)
+
+
+def test_adapter_that_asks_for_a_task_is_refused(tmp_path):
+    config = PolyConfig(r=2, n_tasks=2, target_modules=["q_proj"], task_type="CAUSAL_LM")
+    get_peft_model(tiny_model(), config).save_pretrained(tmp_path)
+    with pytest.raises(ArtifactError, match="of type POLY, which needs the number of a task"):
+        load_adapter(tiny_model(), tmp_path)

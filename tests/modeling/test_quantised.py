@@ -2,14 +2,15 @@
 
 import pytest
 import torch
-from peft import get_peft_model
+from peft import IA3Config, OFTConfig, VeraConfig, get_peft_model
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
 from agl_trl import AGLSFTConfig, AGLSFTTrainer, DriftReport, FisherStatistics, estimate_fisher
 from agl_trl.modeling.generation import evaluating
 from agl_trl.modeling.loading import load_model
 from agl_trl.modeling.lora import adapted_layers, base_weight, linear_layers
-from tests.helpers.models import tiny_model
+from agl_trl.modeling.tuned_layers import is_quantised, layer_change, tuned_layers
+from tests.helpers.models import moved_by, tiny_model
 from tests.helpers.training import COMMON, lora
 
 
@@ -102,3 +103,25 @@ def test_passes_in_eval_mode_leave_weights_readable_and_gradients_flowing(quanti
             embedded = model.get_input_embeddings()(ids).detach().requires_grad_()
             model(inputs_embeds=embedded).logits.sum().backward()
             assert embedded.grad is not None and embedded.grad.norm() > 0
+
+
+@pytest.mark.parametrize("quantisation", QUANTISATIONS)
+@pytest.mark.parametrize(
+    "config",
+    [
+        VeraConfig(r=2, target_modules=["q_proj"]),
+        IA3Config(target_modules=["q_proj"], feedforward_modules=[]),
+        OFTConfig(oft_block_size=8, target_modules=["q_proj"]),
+    ],
+    ids=lambda config: config.peft_type.value,
+)
+def test_other_methods_change_the_dequantised_weights(config, quantisation, folder):
+    quantised = AutoModelForCausalLM.from_pretrained(folder, quantization_config=QUANTISATIONS[quantisation])
+    tuned = dict(tuned_layers(moved_by(quantised, config), "default"))
+    twin = moved_by(tiny_model(hidden_size=64, intermediate_size=64), config)
+    for name, module in tuned_layers(twin, "default"):
+        weight = base_weight(tuned[name])
+        module.get_base_layer().weight.data = weight.clone()
+        expected, found = layer_change(module).delta, layer_change(tuned[name], weight).delta
+        assert is_quantised(tuned[name]) and not is_quantised(module) and expected.norm() > 0.01 * weight.norm()
+        torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-5)

@@ -148,6 +148,21 @@ def test_batch_size_that_is_lowered_keeps_statistics_of_the_start(tmp_path, toke
     assert 0 < trainer.drift_report().mean_relative_drift <= 1e-3
 
 
+def test_lora_on_embeddings_is_told_and_named_in_the_report(tmp_path, tokenizer, train_rows, alignment_rows, caplog):
+    trainer = AGLSFTTrainer(
+        tiny_model(),
+        AGLSFTConfig(str(tmp_path), **COMMON),
+        train_dataset=train_rows,
+        processing_class=tokenizer,
+        peft_config=lora(target_modules=["q_proj", "embed_tokens"]),
+        alignment_dataset=alignment_rows,
+    )
+    assert "free to drift" in caplog.text and "lora_embedding_A" in caplog.text
+    trainer.train()
+    report = trainer.drift_report()
+    assert len(report.layers) == 2 and [*report.uncovered] == ["model.embed_tokens.weight"]
+
+
 def test_modules_to_save_are_told_and_several_adapters_leave_the_others_alone(
     tmp_path, tokenizer, train_rows, alignment_rows, caplog
 ):

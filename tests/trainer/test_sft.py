@@ -236,7 +236,7 @@ def test_plain_arguments_become_protected_ones(given, extra, tmp_path, tokenizer
         (dict(alignment_dataset=Dataset.from_list([{"q": "a"}])), "has the columns q, which make no known format"),
         (dict(peft_config=lora(use_dora=True)), "uses the LoRA variant Dora"),
         (dict(peft_config=lora(init_lora_weights="pissa")), "init_lora_weights='pissa'"),
-        (dict(peft_config=lora(target_modules=["embed_tokens", "q_proj"])), "guards linear layers only"),
+        (dict(peft_config=lora(target_modules=["embed_tokens"])), "no LoRA layer that AGL could guard"),
         (dict(peft_config=lora(lora_bias=True)), "trains a LoRA bias"),
         (dict(peft_config=lora(bias="all")), "trains biases of the base model"),
         (
