@@ -35,6 +35,7 @@ ADAPTER_FILE = "adapter_model.safetensors"
 FOLDER = "agl"  # next to it
 FISHER_FILE = "fisher.safetensors"
 DRIFT_FILE = "drift.safetensors"
+REFERENCE_ANSWERS_FILE = "reference_answers.safetensors"
 PICTURE_FILE = "drift.png"
 CHAT_TEMPLATE = "chat_template.jinja"
 TOKENIZER_FILES = (

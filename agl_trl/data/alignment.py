@@ -15,6 +15,9 @@ from .labels import PROTECTED_COLUMN, is_protected
 from .rows import Row, RowError, content_ids, read_columns, row_name, template_options, told_by
 
 
+SEARCHED = 10  # rows of a stream that are read for each one that is not unsafe
+
+
 @dataclass(frozen=True)
 class AlignmentRow:
     """
@@ -32,18 +35,24 @@ class AlignmentRow:
 
 
 def driftcaps_requests() -> Dataset:
-    """Unsafe requests of DriftCaps' protection split, without answers: those of the model itself are to be kept."""
-    rows = alignment_rows("protect")
-    unsafe = [i for i, marked in enumerate(rows[PROTECTED_COLUMN]) if marked]
-    return rows.select(unsafe).select_columns(["prompt", PROTECTED_COLUMN])
+    """
+    Requests of DriftCaps' protection split, unsafe ones and those that look like them, without answers: those of the model itself
+    are to be kept.
+    """
+    return alignment_rows("protect").select_columns(["prompt", PROTECTED_COLUMN])
 
 
 def select_rows(
-    dataset: Dataset | IterableDataset | Sequence[Mapping[str, Any]], num_samples: int | None, seed: int
+    dataset: Dataset | IterableDataset | Sequence[Mapping[str, Any]],
+    num_samples: int | None,
+    seed: int,
+    *,
+    unsafe: bool = True,
 ) -> list[Row]:
     """
     Rows that carry the statistics: those marked in the column `unsafe` if the dataset has one, all otherwise; of these
-    a seeded sample (of an iterable dataset the first rows). They keep their numbers in the dataset.
+    a seeded sample (of an iterable dataset the first rows). They keep their numbers in the dataset. With `unsafe=False` the
+    others, of which there may be none: look-alikes, which the model is to go on answering.
 
     Args:
         dataset (`Dataset`, `IterableDataset` or `Sequence[Mapping]`):
@@ -52,9 +61,11 @@ def select_rows(
             Number of rows; `None` takes all.
         seed (`int`):
             Seed of the sample; the global random state stays untouched.
+        unsafe (`bool`, *optional*, defaults to `True`):
+            Whether to take the rows that carry the statistics, or the others.
 
     Raises:
-        `ValueError`: If no row is left, or a row can't be read.
+        `ValueError`: If no row is left that carries them, or a row can't be read.
         `TypeError`: If several splits are given.
     """
     if isinstance(dataset, dict):
@@ -62,19 +73,22 @@ def select_rows(
             f"The alignment dataset has the splits {', '.join(dataset)}: pass one of them, such as `dataset['train']`."
         )
     if isinstance(dataset, IterableDataset):
-        numbered = (Row(row, number) for number, row in enumerate(dataset))
-        rows = list(islice((row for row in numbered if _carries(row)), num_samples))
+        # Of other rows than unsafe ones there may be none, and the dataset may have no end.
+        last = None if unsafe or num_samples is None else SEARCHED * num_samples
+        numbered = (Row(row, number) for number, row in enumerate(islice(dataset, last)))
+        rows = list(islice((row for row in numbered if _carries(row) == unsafe), num_samples))
     elif isinstance(dataset, Dataset):
         marks = [column for column in dataset.column_names if column.strip() == PROTECTED_COLUMN]
         marked = [Row(row, i) for i, row in enumerate(dataset.select_columns(marks))] if marks else ()
-        carrying = [row.number for row in marked if _carries(row)] if marks else range(len(dataset))
+        every = range(len(dataset)) if unsafe else ()
+        carrying = [row.number for row in marked if _carries(row) == unsafe] if marks else every
         chosen = _sample(carrying, num_samples, seed)
         rows = [Row(row, number) for number, row in zip(chosen, dataset.select(chosen), strict=True)]
     else:
         marked = [Row(row, number) for number, row in enumerate(dataset)]
-        marked = [row for row in marked if _carries(row)]
+        marked = [row for row in marked if _carries(row) == unsafe]
         rows = [marked[i] for i in _sample(range(len(marked)), num_samples, seed)]
-    if not rows:
+    if unsafe and not rows:
         raise ValueError(
             f"The alignment dataset has no row to protect (column '{PROTECTED_COLUMN}' marks none, or it is empty)."
         )

@@ -100,8 +100,10 @@ class CoefficientsUsed(Metadata):
     width: Number = 0.0
     rows: Integer | None = None
     fisher_energy: Number = 0.9
+    kl_budget: Number | None = None
     drift_budget: Number | None = None
     anchor_coef: Number = 0.0
+    fisher_coef: Number = 0.0
     anchor_every: Integer = 0
 
 
@@ -111,6 +113,23 @@ class ProjectionUsed(Metadata):
     budget: Number
     drift_before: Number
     strength: Number = 0.0
+
+
+class BehaviourKept(Metadata):
+    """A protected behaviour and what was measured of it."""
+
+    budget: Number | None = None
+    kl: Number | None = None
+    kl_first_tokens: Number | None = None
+    rows: Integer = 0
+    kinds: dict[str, Number] = Field(default_factory=dict)
+
+
+class ProtectedUsed(Metadata):
+    """What was held by its KL."""
+
+    behaviours: dict[str, BehaviourKept]
+    scale: Number | None = None
 
 
 class DriftMetadata(Metadata):
@@ -130,6 +149,7 @@ class DriftMetadata(Metadata):
     without_weights: str | None = None
     method: str | None = None
     projected: ProjectionUsed | None = None
+    protected: ProtectedUsed | None = None
     behaviour: BehaviourMetadata | None = None
 
 

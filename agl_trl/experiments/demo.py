@@ -228,7 +228,7 @@ def _save(
     plot_drift(plain_report, folder / "lora" / FOLDER / PICTURE_FILE, name="plain LoRA")
     ours.save_model()
     assert ours.align_guard is not None and ours.statistics is not None
-    save_evidence(folder, ours.statistics, report, ours.align_guard.layers)
+    save_evidence(folder, ours.statistics, ours.align_guard.references, report, ours.align_guard.layers)
     plot_drift(report, folder / FOLDER / PICTURE_FILE, name="AGL", others={"plain LoRA": plain_report.behaviour})
     ours.create_model_card(model_name=f"{MINIWORLD}-agl")
     write_card(folder / "README.md", f"{MINIWORLD}-agl", report)

@@ -176,12 +176,7 @@ class FisherStatistics:
             [`ArtifactError`]: Naming the first thing that differs: a config value, a missing layer, a shape, or a weight
                 whose norm differs by more than 5 %.
         """
-        expected, found = self.metadata["base_model"]["config"], describe_base(model)["config"]
-        for key in STRUCTURAL_KEYS:
-            if expected.get(key) != found.get(key):
-                raise ArtifactError(
-                    f"The Fisher statistics are of another base model: {key} is {_told(expected.get(key))} there and {found.get(key)} here."
-                )
+        check_same_base(self.metadata["base_model"], model, "Fisher statistics")
         for name, module in layers.items():
             if name not in self.input_of:
                 raise ArtifactError(self._uncovered(name, head=module is model.get_output_embeddings()))
@@ -210,6 +205,29 @@ class FisherStatistics:
             f"the adapter changes{of_plain}: let them be taken for this adapter (`agl-trl drift` without `--fisher`, a trainer "
             "without `fisher_path`), or leave it out of `target_modules`."
         )
+
+
+def check_same_base(described: dict[str, Any], model: PreTrainedModel | PeftModel, what: str) -> None:
+    """
+    Check that a file describes this base model.
+
+    Args:
+        described (`dict`):
+            Its base model, as [`describe_base`] has it.
+        model (`PreTrainedModel` or `PeftModel`):
+            Model at hand.
+        what (`str`):
+            What the file holds, in words.
+
+    Raises:
+        [`ArtifactError`]: Naming the first config value that differs.
+    """
+    expected, found = described["config"], describe_base(model)["config"]
+    for key in STRUCTURAL_KEYS:
+        if expected.get(key) != found.get(key):
+            raise ArtifactError(
+                f"The {what} are of another base model: {key} is {_told(expected.get(key))} there and {found.get(key)} here."
+            )
 
 
 def _told(value: Any) -> str:

@@ -22,6 +22,9 @@ from .lora import packs_in_eval_mode
 from .reasoning import is_reasoning_mark, opened_reasoning
 
 
+ANSWER_TOKENS = 64  # of an answer that is to be kept: a refusal is over by then, and what an answer is about is said
+
+
 @contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
     """
@@ -290,7 +293,7 @@ def answered_by(
     progress: bool = True,
 ) -> list[Row]:
     """
-    Rows as they are, those with a prompt alone with the greedy answer (at most 256 tokens) of the model as it is now.
+    Rows as they are, those with a prompt alone with the greedy answer (at most 64 tokens) of the model as it is now.
 
     Raises:
         `ValueError`: If a prompt can't be read, or fills all that the model reads; told before any is answered.
@@ -299,7 +302,7 @@ def answered_by(
     asked = [row for row in numbered if is_prompt_only(row)]
     answers = iter(
         generate_answers(
-            model, tokenizer, list(asked), max_new_tokens=256, desc="Reference answers", progress=progress
+            model, tokenizer, list(asked), max_new_tokens=ANSWER_TOKENS, desc="Reference answers", progress=progress
         )
     )
     return [_answered(row, next(answers)) if is_prompt_only(row) else row for row in numbered]

@@ -1,100 +1,61 @@
-"""The anchor: a few alignment rows now and then, as KL to cached logits of the reference model. For hostile data."""
-
-from typing import NamedTuple
+"""The anchor: a few protected rows now and then, whose KL to the reference model steers what protects, and is its gradient."""
 
 import torch
 from peft import PeftModel
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from ..data.alignment import AlignmentRow, batches
-from ..modeling.generation import answer_logits, evaluating, input_device
-
-
-TOP_K = 32
-
-
-class _Reference(NamedTuple):
-    indices: Tensor  # (answer tokens, k), most likely next tokens of the reference model
-    log_probs: Tensor  # (answer tokens, k)
+from ..fisher.reference_answers import ReferenceAnswers
 
 
 class Anchor:
     """
-    KL divergence from the reference model on alignment rows, over their answer tokens,
-
-        KL(p_ref ‖ p) ≈ Σ_top p_ref log(p_ref / p) + r_ref log(r_ref / r),
-
-    where the k = 32 most likely tokens of the reference are kept and `r` is what is left of either distribution: a lower
-    bound that is exact in the kept tokens. The reference is run once, before training; there is no second model.
+    Rows of every protected behaviour in turn. Which ones is a function of the step alone, so that a resumed run goes on where it
+    stopped, and all processes have the same.
 
     Args:
-        model (`PreTrainedModel` or `PeftModel`):
-            Model at its reference weights.
-        rows (`list[AlignmentRow]`):
-            Rows to anchor on.
-        pad_token_id (`int`):
-            Padding token.
+        references ([`ReferenceAnswers`]):
+            Answers of the reference model.
         every (`int`):
             Optimizer steps between two anchored ones.
         batch_size (`int`):
-            Rows per anchored step.
+            Rows of every behaviour per anchored step; those of its kinds (to refuse, to answer) take turns.
         seed (`int`):
             Seed of the order of rows.
     """
 
-    def __init__(
-        self,
-        model: PreTrainedModel | PeftModel,
-        rows: list[AlignmentRow],
-        pad_token_id: int,
-        every: int,
-        batch_size: int,
-        seed: int,
-    ):
-        self.rows, self.pad_token_id, self.every, self.batch_size = (
-            rows,
-            pad_token_id,
-            every,
-            min(batch_size, len(rows)),
-        )
-        self.order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(seed)).tolist()
-        self.references: dict[int, _Reference] = {}
-        with evaluating(model), torch.no_grad():
-            for batch in batches(rows, 8, pad_token_id, input_device(model)):
-                logits, mask = answer_logits(model, batch)
-                for line, index in enumerate(batch.indices):
-                    log_probs = logits[line, mask[line]].float().log_softmax(-1)
-                    top = log_probs.topk(min(TOP_K, log_probs.shape[-1]))
-                    self.references[index] = _Reference(top.indices, top.values)
+    def __init__(self, references: ReferenceAnswers, every: int, batch_size: int, seed: int):
+        self.references, self.every = references, every
+        self._kinds: dict[str, list[list[int]]] = {}
+        self._batch_size: dict[str, int] = {}
+        for behaviour in references.behaviours:
+            rows = references.where(behaviour)
+            kinds = [references.where(kind) for kind in sorted({references.kinds[i] for i in rows})]
+            self._kinds[behaviour] = [_shuffled(kind, seed) for kind in kinds]
+            self._batch_size[behaviour] = min(batch_size, len(rows))
 
     def due(self, step: int) -> bool:
         """Whether the optimizer step with this number, counted from 0, is an anchored one."""
         return step % self.every == 0
 
-    def loss(self, model: PreTrainedModel | PeftModel, step: int) -> Tensor:
+    def rows(self, behaviour: str, step: int) -> list[int]:
+        """Numbers of the rows of a behaviour that a step visits."""
+        kinds, size = self._kinds[behaviour], self._batch_size[behaviour]
+        start = step // self.every * size
+        chosen = []
+        for number in range(start, start + size):
+            kind = kinds[number % len(kinds)]
+            chosen.append(kind[number // len(kinds) % len(kind)])
+        return chosen
+
+    def kl(self, model: PreTrainedModel | PeftModel, behaviour: str, step: int) -> Tensor:
         """
-        Mean KL per answer token on this step's rows, in nats. Which rows is a function of the step alone, so that a resumed
-        run goes on where it stopped.
+        Mean KL on a step's rows of a behaviour, in nats per answer token, of shape `(2,)`: as the budget has it, with a graph, and of
+        the first five tokens alone.
         """
-        start = step // self.every * self.batch_size
-        indices = [self.order[(start + i) % len(self.order)] for i in range(self.batch_size)]
-        chosen = [self.rows[i] for i in indices]
-        (batch,) = batches(chosen, len(chosen), self.pad_token_id, input_device(model))
-        logits, mask = answer_logits(model, batch)
-        total, count = torch.zeros((), device=logits.device), 0
-        for line, position in enumerate(batch.indices):
-            reference = self.references[indices[position]]
-            tuned = logits[line, mask[line]].float().log_softmax(-1)
-            total = total + _top_kl(reference, tuned).sum()
-            count += len(tuned)
-        return total / count
+        return self.references.kl(model, self.rows(behaviour, step)).mean(0)
 
 
-def _top_kl(reference: _Reference, log_probs: Tensor) -> Tensor:
-    """KL per token, of shape `(tokens,)`, of the distributions over k + 1 outcomes: the kept tokens, and any other."""
-    kept = log_probs.gather(1, reference.indices)
-    p = reference.log_probs.exp()
-    tail_ref = (1 - p.sum(1)).clamp_min(1e-6)
-    tail = (1 - kept.exp().sum(1)).clamp_min(1e-6)
-    return (p * (reference.log_probs - kept)).sum(1) + tail_ref * (tail_ref.log() - tail.log())
+def _shuffled(rows: list[int], seed: int) -> list[int]:
+    order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(seed)).tolist()
+    return [rows[i] for i in order]

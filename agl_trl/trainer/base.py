@@ -5,7 +5,7 @@ from typing import Any, ClassVar
 
 from datasets import Dataset
 from peft import PeftConfig, PeftModel
-from transformers import PreTrainedModel, TrainerCallback, TrainingArguments
+from transformers import PreTrainedModel, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from ..drift.report import DriftReport
 from ..evaluation.behaviour import Behaviour, measure_behaviour
@@ -21,8 +21,10 @@ class _InstalledCallback(AlignGuardCallback):
     def on_save(self, *args: Any, **kwargs: Any) -> None:
         pass
 
-    def on_train_end(self, *args: Any, **kwargs: Any) -> None:
-        pass
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: Any = None, **kwargs: Any
+    ) -> None:
+        self.hold(model)
 
 
 class AlignGuardMixin(SavingMixin):
@@ -40,6 +42,7 @@ class AlignGuardMixin(SavingMixin):
         peft_config: PeftConfig | None,
         callbacks: list[TrainerCallback] | None,
         alignment_dataset: Rows | None,
+        protect: dict[str, Rows] | None,
     ) -> dict[str, Any]:
         """Arguments of the parent: those given, as this trainer's config, and the callback before all others."""
         config = self._own_config(model, args)
@@ -51,7 +54,7 @@ class AlignGuardMixin(SavingMixin):
             check_writable(config)  # before a model is loaded and a dataset prepared
             if peft_config is None:
                 check_adapter(model)
-            self.align_guard = _InstalledCallback(config, alignment_dataset)
+            self.align_guard = _InstalledCallback(config, alignment_dataset, protect=protect)
             callbacks = [self.align_guard, *(callbacks or [])]
         return dict(model=model, args=config, peft_config=peft_config, callbacks=callbacks)
 

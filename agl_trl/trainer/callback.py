@@ -9,24 +9,31 @@ from accelerate.state import AcceleratorState
 from peft import PeftModel
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, HubStrategy
 
 from ..artifacts.files import TAG, ArtifactError
-from ..data.alignment import driftcaps_requests, pad_token_id, select_rows, tokenize_rows
-from ..data.labels import PROTECTED_COLUMN
-from ..data.rows import ANSWERS, Row, is_prompt_only
+from ..data.alignment import driftcaps_requests
 from ..drift.report import DriftReport
-from ..fisher.estimate import estimate_fisher
+from ..fisher.calibration import UNCERTAIN, calibrate, drift_at, is_calibrated, slope_at
+from ..fisher.reference_answers import ReferenceAnswers
 from ..fisher.statistics import FisherStatistics
-from ..modeling.generation import answered_by, context_length
 from ..modeling.lora import AdaptedLayer, adapted_layers, at_reference, linear_layers, trained_outside_lora
-from .anchor import Anchor
-from .checks import Rows, check_adapter, check_engine, check_processor, check_rows, check_writable
-from .config import AlignGuardConfig
+from .checks import (
+    Rows,
+    check_adapter,
+    check_engine,
+    check_processor,
+    check_protect,
+    check_rows,
+    check_writable,
+)
+from .config import DEFAULT_DRIFT_BUDGET, AlignGuardConfig
 from .evidence import drift_of, save_evidence, sha256_when_saved
-from .gradients import add_anchor, add_gradients, before_step_of_deepspeed, unscale
+from .gradients import add_gradients, before_step_of_deepspeed, unscale
+from .protection import Protection
+from .reference import ReferenceTaker, published_references
 from .regularizer import Regularizer, coefficients_of
-from .resume import checkpoint_state, checkpoint_statistics, resumed_from
+from .resume import CheckpointState, checkpoint_state, checkpoint_statistics, resumed_from
 
 
 logger = get_logger(__name__)
@@ -48,9 +55,13 @@ class AlignGuardCallback(TrainerCallback):
         config ([`AlignGuardConfig`], *optional*):
             What is switched on; by default a drift budget.
         alignment_dataset (`Dataset`, `IterableDataset` or `Sequence[dict]`, *optional*):
-            Rows whose behaviour must not change, in one of TRL's formats; of rows with a boolean column `unsafe`, those marked.
-            Not needed where `config.fisher_path` names saved statistics. By default the model's own answers to the unsafe
-            requests of DriftCaps' protection split.
+            Rows whose behaviour must not change, in one of TRL's formats; of rows with a boolean column `unsafe`, those marked are to
+            be refused and carry the statistics, and the others to be answered. Not needed where `config.fisher_path` names saved
+            statistics. By default the model's own answers to the requests of DriftCaps' protection split, unsafe ones and those
+            that look like them.
+        protect (`dict`, *optional*):
+            Rows of other behaviours by name, such as `{"chat": rows, "text": [{"text": "..."}]}`: the model's own answers to rows
+            with a prompt alone, or given ones. Each has the `kl_budget` for itself, or its own of `config.kl_budgets`.
         processing_class (`PreTrainedTokenizerBase`, *optional*):
             Tokenizer of the model; by default the trainer's.
 
@@ -75,18 +86,23 @@ class AlignGuardCallback(TrainerCallback):
         config: AlignGuardConfig | None = None,
         alignment_dataset: Rows | None = None,
         processing_class: PreTrainedTokenizerBase | None = None,
+        *,
+        protect: dict[str, Rows] | None = None,
     ):
         self.config = AlignGuardConfig() if config is None else config
         if not self.config.agl_enabled:
             raise ValueError("This configuration switches AGL off: leave the callback out.")
         self.alignment_dataset, self.processing_class = alignment_dataset, processing_class
+        self.protect = check_protect(self.config, protect or {})
         if alignment_dataset is None and self.config.fisher_path is None:
             self.alignment_dataset = driftcaps_requests()
             logger.warning(
-                f"Nothing says which behaviour to keep, so that AGL keeps the model's own answers to the {len(self.alignment_dataset)} "
-                "unsafe requests of DriftCaps' protection split. Pass `alignment_dataset=` or set `fisher_path` to choose."
+                "Nothing says which behaviour to keep, so that AGL keeps the model's own answers to requests of DriftCaps' protection "
+                "split, unsafe ones and those that look like them. Pass `alignment_dataset=` or set `fisher_path` to choose."
             )
         self.statistics: FisherStatistics | None = None
+        self.references: ReferenceAnswers | None = None
+        self.protection: Protection | None = None
         self.tokenizer: PreTrainedTokenizerBase | None = None  # of the trainer at hand
         self.layers: list[AdaptedLayer] = []
         self.regularizer: Regularizer | None = None
@@ -99,6 +115,7 @@ class AlignGuardCallback(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: Any = None, **kwargs: Any
     ) -> None:
         self.statistics, self.layers, self.regularizer = None, [], None  # of an earlier trainer
+        self.references = self.protection = None
         self.prepare(args, model, kwargs.get("processing_class"))
 
     def prepare(self, args: TrainingArguments, model: Any, processing_class: Any) -> None:
@@ -131,7 +148,18 @@ class AlignGuardCallback(TrainerCallback):
         check_rows(self.config, model, self.tokenizer, self.alignment_dataset, args)
         if self.config.fisher_path is not None:
             self._use(FisherStatistics.from_pretrained(self.config.fisher_path), model)
+            if self._anchored(model) and self.alignment_dataset is None and not self.protect:
+                self.references = published_references(self.config.fisher_path)
+                if self.references is None and self.config.kl_budget is None:
+                    raise ValueError(
+                        "`anchor_coef` needs rows to anchor on, and these statistics come without reference answers: pass "
+                        "`alignment_dataset=`."
+                    )
         model.add_model_tags(TAG)
+
+    def _anchored(self, model: PeftModel) -> bool:
+        """Whether protected rows hold the run: not those of a model that predicts no tokens, such as one with a reward head."""
+        return self.config.anchored and model.get_output_embeddings() is not None
 
     def _use(self, statistics: FisherStatistics, model: PeftModel) -> None:
         statistics.check_fits(model, linear_layers(model))
@@ -147,67 +175,89 @@ class AlignGuardCallback(TrainerCallback):
     ) -> None:
         if not self.layers:  # added after the trainer was built
             self.prepare(args, model, kwargs.get("processing_class"))
-        checkpoint, multiplier = self.resume_from or resumed_from(args, state), 0.0
+        checkpoint, begun = self.resume_from or resumed_from(args, state), CheckpointState()
         if checkpoint is not None:
             self._use(checkpoint_statistics(checkpoint, self.statistics), model)
-            self.layers, multiplier = checkpoint_state(checkpoint, model)
+            self.layers, begun = checkpoint_state(checkpoint, model)
+            self.references = begun.references or self.references
         if self.regularizer is None or checkpoint is not None:  # not again when the batch size is lowered
-            self.regularizer = self._regularizer(args, model, kwargs["train_dataloader"].dataset, multiplier)
+            self._build(args, model, kwargs["train_dataloader"].dataset, begun)
         self._metrics = {}
         self._deepspeed = AcceleratorState().deepspeed_plugin is not None
         if self._deepspeed:
             before_step_of_deepspeed(kwargs["optimizer"], lambda engine: self._add(args, state, model, engine))
 
-    def _regularizer(
-        self, args: TrainingArguments, model: PeftModel, train_rows: Any, multiplier: float
-    ) -> Regularizer:
+    def _build(self, args: TrainingArguments, model: PeftModel, train_rows: Any, begun: CheckpointState) -> None:
         """Build what every step needs; the model is at its reference weights, or the run is resumed."""
-        config, anchor, task_statistics = self.config, None, None
+        config, task_statistics = self.config, None
         with at_reference(model, self.layers):  # also when the run is resumed
-            rows: list[Row] = []
-            if self.statistics is None or config.anchor_coef > 0:
-                rows = self._answered_rows(args, model)
-            if self.statistics is None:
-                self.statistics = self._estimate(args, model, rows)
-            if config.variant == "kfac" and coefficients_of(config).needs_task_fisher:
-                # The mark is for alignment rows; what a reward function compares with is no answer of the model.
-                others = {PROTECTED_COLUMN, *ANSWERS[1:]} & {*(train_rows.column_names or ())}
-                if others:
-                    train_rows = train_rows.remove_columns(sorted(others))
-                task_statistics = self._estimate(args, model, train_rows)
-            if config.anchor_coef > 0:
-                assert self.tokenizer is not None, "checked"
-                length, context = config.fisher_max_length, context_length(model)
-                tokenized = tokenize_rows(rows, self.tokenizer, length, context)
-                pad = pad_token_id(self.tokenizer)
-                anchor = Anchor(model, tokenized, pad, config.anchor_every, config.anchor_batch_size, args.seed)
-        assert self.statistics is not None
-        return Regularizer(config, self.layers, self.statistics, task_statistics, anchor, multiplier, seed=args.seed)
-
-    def _answered_rows(self, args: TrainingArguments, model: PeftModel) -> list[Row]:
-        """The alignment rows of this run, chosen once; those without an answer get the model's own."""
-        assert self.alignment_dataset is not None and self.tokenizer is not None, "checked"
-        rows = select_rows(self.alignment_dataset, self.config.fisher_num_samples, args.seed)
-        if any(map(is_prompt_only, rows)):
-            return answered_by(model, self.tokenizer, rows, not args.disable_tqdm)
-        return rows
-
-    def _estimate(self, args: TrainingArguments, model: PeftModel, rows: Rows) -> FisherStatistics:
-        config = self.config
-        assert self.tokenizer is not None, "checked"
-        return estimate_fisher(
-            model,
-            rows,
-            self.tokenizer,
-            fisher_type=config.fisher_type,
-            shrinkage=config.fisher_shrinkage,
-            rank=config.fisher_rank,
-            num_samples=config.fisher_num_samples,
-            batch_size=config.fisher_batch_size,
-            max_length=config.fisher_max_length,
+            anchored = self._anchored(model) and self._has_rows
+            if self.tokenizer is not None:
+                taker = ReferenceTaker(config, args, model, self.tokenizer)
+                if self.statistics is None or (anchored and self.references is None):
+                    self._take(taker, anchored)
+                if config.variant == "kfac" and coefficients_of(config).needs_task_fisher:
+                    task_statistics = taker.task_statistics(train_rows)
+            assert self.statistics is not None, "checked"
+            if self.references is not None:
+                self.references.check_fits(model)
+                if config.kl_budget is not None and config.fisher_coef > 0 and not is_calibrated(self.statistics):
+                    progress = not args.disable_tqdm
+                    calibrate(model, self.statistics, self.references, seed=args.seed, progress=progress)
+        slope = 0.0
+        if self.references is not None:
+            self.protection = Protection(config, self.references, self.layers, args.seed)
+            if config.kl_budget is not None and config.fisher_coef > 0:
+                slope = slope_at(self.statistics, config.kl_budget)
+        self.regularizer = Regularizer(
+            config,
+            self.layers,
+            self.statistics,
+            task_statistics,
+            drift_budget=self._drift_budget(),
+            kl_per_drift=slope,
+            multiplier=begun.multiplier,
             seed=args.seed,
-            progress=not args.disable_tqdm,
         )
+
+    @property
+    def _has_rows(self) -> bool:
+        return self.alignment_dataset is not None or bool(self.protect) or self.references is not None
+
+    def _take(self, taker: ReferenceTaker, anchored: bool) -> None:
+        """Statistics and reference answers of the rows of this run, which are chosen and answered once."""
+        refusals = []
+        if self.alignment_dataset is not None:
+            refusals = taker.answered(self.alignment_dataset, self.config.fisher_num_samples, unsafe=True)
+        if self.statistics is None:
+            self.statistics = taker.statistics(refusals)
+        if anchored:
+            self.references = taker.references(refusals, self.alignment_dataset, self.protect)
+
+    def _drift_budget(self) -> float | None:
+        """The limit on the relative drift: the given one, or what a KL budget comes to where there are no rows to measure it on."""
+        config = self.config
+        if config.kl_budget is None or config.drift_budget is not None or self.references is not None:
+            return config.drift_budget
+        assert self.statistics is not None, "there by now"
+        if AcceleratorState().deepspeed_plugin is not None:
+            raise ValueError(
+                "DeepSpeed keeps its own copy of the weights, so that without reference answers nothing can hold the drift: pass "
+                "`alignment_dataset=`, or set `alignment_coef`."
+            )
+        if not is_calibrated(self.statistics):
+            logger.warning(
+                "The KL budget can't be measured, because there are no reference answers, nor translated, because the statistics "
+                f"carry no curve: a relative drift of {DEFAULT_DRIFT_BUDGET} is held, which may be too much or too little."
+            )
+            return DEFAULT_DRIFT_BUDGET
+        drift, spread = drift_at(self.statistics, config.kl_budget)
+        unsure = f" This is uncertain: directions differ by a factor of {spread:.0f}." if spread > UNCERTAIN else ""
+        logger.warning(
+            f"Without reference answers a KL of {config.kl_budget} can't be measured; by the curve of the statistics a relative drift "
+            f"of {drift:.2g} is held in its place.{unsure}"
+        )
+        return drift
 
     def on_pre_optimizer_step(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: Any = None, **kwargs: Any
@@ -218,13 +268,14 @@ class AlignGuardCallback(TrainerCallback):
 
     def _add(self, args: TrainingArguments, state: TrainerState, model: PeftModel, engine: Any = None) -> None:
         assert self.regularizer is not None, "training has begun"
-        step, anchor, weight = state.global_step, self.regularizer.anchor, self.config.anchor_coef
+        step = state.global_step
         terms, gradients = self.regularizer.gradients(step)
         add_gradients(self.regularizer.parameters, gradients, engine)
         del gradients  # before the anchor's forward pass
-        if anchor is not None and anchor.due(step):
-            terms["anchor_kl"] = add_anchor(anchor, model, step, weight, engine)
-            terms["penalty"] = terms["penalty"] + weight * terms["anchor_kl"]
+        if self.protection is not None:
+            anchored = self.protection.protect(model, step, engine)
+            terms["penalty"] = terms["penalty"] + anchored.pop("penalty", 0)
+            terms |= anchored
         for name, value in terms.items():
             self._metrics.setdefault(f"agl/{name}", []).append(value)
 
@@ -276,10 +327,33 @@ class AlignGuardCallback(TrainerCallback):
             self.statistics,
             self.layers,
             self.regularizer,
+            self.protection,
             state,
             step=state.global_step if step is None else step,
         )
         return self.report
+
+    def hold(self, model: PeftModel) -> None:
+        """
+        Measure the KL on all protected rows, and shrink the update until it is within its budget.
+
+        Args:
+            model (`PeftModel`):
+                Model of the trainer.
+        """
+        if self.protection is not None:
+            self.protection.hold(model)
+
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: Any = None, **kwargs: Any
+    ) -> None:
+        if control.should_save and args.push_to_hub and args.hub_strategy != HubStrategy.END:
+            self.hold(model)  # before anybody gets it
+
+    def on_epoch_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: Any = None, **kwargs: Any
+    ) -> None:
+        self.on_step_end(args, state, control, model)
 
     def on_save(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: Any = None, **kwargs: Any
@@ -290,6 +364,7 @@ class AlignGuardCallback(TrainerCallback):
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: Any = None, **kwargs: Any
     ) -> None:
+        self.hold(model)
         best = args.load_best_model_at_end and state.best_model_checkpoint is not None
         report = self.measure(model, state, state.best_global_step if best else None)
         report.adapter_sha256 = sha256_when_saved(model, self.layers[0].adapter)  # the user saves it after this
@@ -298,4 +373,4 @@ class AlignGuardCallback(TrainerCallback):
     def _save(self, args: TrainingArguments, folder: Path, report: DriftReport) -> None:
         if args.should_save:
             assert self.statistics is not None, "measured with them"
-            save_evidence(folder, self.statistics, report, self.layers)
+            save_evidence(folder, self.statistics, self.references, report, self.layers)

@@ -1,5 +1,6 @@
 """What can be told before a run begins: about arguments, the model, and how the run is distributed."""
 
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -13,10 +14,11 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixi
 from ..artifacts.files import FOLDER, write_atomically
 from ..data.alignment import select_rows, tokenize_row
 from ..data.rows import is_prompt_only
-from .config import AlignGuardConfig
+from .config import ALIGNMENT, AlignGuardConfig
 
 
 Rows: TypeAlias = Dataset | IterableDataset | Sequence[dict[str, Any]]
+BEHAVIOUR = re.compile(r"[\w-]{1,60}")
 OFF = "or set `alignment_coef=0` to train without AGL"
 
 
@@ -60,14 +62,9 @@ def check_rows(
     Raises:
         `ValueError`: With the reason.
     """
-    if config.anchor_coef > 0:
-        if rows is None:
-            raise ValueError(
-                "`anchor_coef` needs rows to anchor on: pass `alignment_dataset=`; saved statistics hold none."
-            )
-        if model.get_output_embeddings() is None:
-            raise ValueError("`anchor_coef` compares next tokens, but this model predicts none: set `anchor_coef=0`.")
-    if rows is None or (config.fisher_path is not None and config.anchor_coef == 0):
+    if config.anchor_coef and config.kl_budget is None and model.get_output_embeddings() is None:
+        raise ValueError("`anchor_coef` compares next tokens, but this model predicts none: set `anchor_coef=0`.")
+    if rows is None or (config.fisher_path is not None and not config.anchored):
         return
     if tokenizer is None:
         raise ValueError("Alignment rows need a tokenizer: pass `processing_class=`, or set `fisher_path`.")
@@ -85,6 +82,24 @@ def check_rows(
             f"Rows without answers are answered by the model, but {reason}: pass `alignment_dataset=` with answers, or set "
             "`fisher_path`."
         )
+
+
+def check_protect(config: AlignGuardConfig, protect: dict[str, Rows]) -> dict[str, Rows]:
+    """
+    Check the names of protected behaviours. Returns them with their rows.
+
+    Raises:
+        `ValueError`: If a name is taken or no plain word, or nothing measures these rows.
+    """
+    for name in protect:
+        if not BEHAVIOUR.fullmatch(name) or name == ALIGNMENT:
+            raise ValueError(
+                f"`protect` names '{name}': a name is a word of letters, digits, '-' and '_', other than '{ALIGNMENT}', which is "
+                "that of `alignment_dataset`."
+            )
+    if protect and not config.anchored:
+        raise ValueError("`protect` holds rows by their KL: set `kl_budget` (or `anchor_coef`).")
+    return protect
 
 
 def check_processor(processing_class: Any) -> None:
@@ -138,10 +153,4 @@ def check_engine(args: TrainingArguments, config: AlignGuardConfig, state: Accel
     if parallel is not None and max(parallel.tp_size, parallel.cp_size, parallel.sp_size) > 1:
         raise ValueError(
             f"AGL runs on data parallelism alone: leave tensor, context and sequence parallelism out, {OFF}."
-        )
-    checkpointing = args.gradient_checkpointing and (args.gradient_checkpointing_kwargs or {}).get("use_reentrant")
-    if checkpointing and config.anchor_coef > 0 and fsdp is None:
-        raise ValueError(
-            "Reentrant gradient checkpointing gives no gradient to the anchor's own backward pass: leave `use_reentrant` out of "
-            "`gradient_checkpointing_kwargs`, or set `anchor_coef=0`."
         )

@@ -1,5 +1,6 @@
 """What of AlignGuard-LoRA is switched on: for the callback by itself, and part of the arguments of every AGL trainer."""
 
+import json
 import warnings
 from dataclasses import dataclass, field
 from typing import Literal, get_args
@@ -9,9 +10,10 @@ from ..objective.alignguard import TaskMetric, TaskSubspace
 
 
 Variant = Literal["kfac", "paper"]
-DEFAULT_DRIFT_BUDGET = (
-    3e-3  # the best of examples/benchmark on three tasks: refusals kept at the least cost to the task
-)
+ALIGNMENT = "alignment"  # the behaviour that `alignment_dataset` stands for
+DEFAULT_KL_BUDGET = 0.02  # nats per answer token
+DEFAULT_ANCHOR_COEF = 0.6  # under a KL budget
+DEFAULT_DRIFT_BUDGET = 3e-3  # of statistics that carry no curve to translate a KL budget by
 
 
 @dataclass
@@ -23,9 +25,9 @@ class AlignGuardConfig:
     Parameters:
         alignment_coef (`float`, *optional*):
             Weight λ_A of the alignment penalty: mean over the adapted layers of ‖ΔW_A‖²_F / ‖W‖²_F in the Fisher metric of the
-            alignment rows. With `task_coef` unset the complete form ‖ΔW‖²_F is penalised. `None` leaves it to the `drift_budget` to
-            hold the drift. `0.0`, with no budget, anchor or other coefficient, switches AGL off; the trainer is then exactly
-            its TRL parent.
+            alignment rows. With `task_coef` unset the complete form ‖ΔW‖²_F is penalised. `None` leaves it to the budget to hold the
+            drift. `0.0`, with no budget, anchor or other coefficient, switches AGL off; the trainer is then exactly its TRL
+            parent.
         task_coef (`float`, *optional*):
             Weight λ_T of the task stability. `None` takes `alignment_coef`.
         task_metric (`str`, *optional*, defaults to `"rest"`):
@@ -48,16 +50,30 @@ class AlignGuardConfig:
             Rows of every layer sampled per step for the Riemannian overlap; `None` takes all.
         variant (`str`, *optional*, defaults to `"kfac"`):
             `"kfac"` is the form described here; `"paper"` the published one with its published constants, as far as known.
+        kl_budget (`float`, *optional*):
+            Largest KL to the reference model on the protected rows that the adapter may end with, in nats per answer token (a row
+            counts half by its first five tokens). While training, a few rows are projected back to half of it every
+            `anchor_every` steps; at the end all are measured, and the update is shrunk until it holds. `None` takes 0.02, or none
+            where a `drift_budget`, an `alignment_coef` or an `anchor_coef` is given. Without protected rows (statistics of a repo
+            that publishes no reference answers) it is translated into a `drift_budget` by the curve that the statistics carry.
+        kl_budgets (`dict[str, float]`, *optional*):
+            Other budgets for single behaviours by their names in `protect`; also as JSON.
         drift_budget (`float`, *optional*):
             Largest mean relative drift the adapter may reach; kept after every step (of a continued adapter, which can't be scaled
-            back to its start within its rank, by the multiplier alone and so not exactly). `None` takes 3e-3, or no budget where an
-            `alignment_coef` is given.
-        anchor_coef (`float`, *optional*, defaults to `0.0`):
-            Weight of the KL to the reference model on alignment rows, for training data that itself teaches to comply.
-        anchor_every (`int`, *optional*, defaults to `4`):
+            back to its start within its rank, by the multiplier alone and so not exactly).
+        anchor_coef (`float`, *optional*):
+            Weight of the KL to the reference model on protected rows, whose gradient is at most as long as that of all else. `None`
+            takes 0.6 under a `kl_budget`, and 0 otherwise.
+        fisher_coef (`float`, *optional*, defaults to `0.1`):
+            Weight of the Fisher form under a `kl_budget`, in nats of the KL that it predicts.
+        anchor_every (`int`, *optional*, defaults to `2`):
             Optimizer steps between two anchored ones.
         anchor_batch_size (`int`, *optional*, defaults to `4`):
-            Alignment rows per anchored step.
+            Protected rows of every behaviour per anchored step.
+        num_reference_answers (`int`, *optional*, defaults to `128`):
+            Number of protected rows per behaviour, half of them to refuse where there are others; `None` takes all.
+        push_reference_answers (`bool`, *optional*, defaults to `True`):
+            Whether the reference answers (tokens of the protected rows) are pushed to the Hub with the statistics.
         fisher_energy (`float`, *optional*, defaults to `0.9`):
             Share of the trace of the Fisher that spans the critical subspaces.
         fisher_path (`str`, *optional*):
@@ -65,7 +81,7 @@ class AlignGuardConfig:
             and rank from the file.
         push_fisher (`bool`, *optional*, defaults to `True`):
             Whether the Fisher statistics are pushed to the Hub with the adapter. They say a little about the alignment rows
-            (directions and sizes of activations); `False` keeps them on this machine.
+            (directions and sizes of activations); `False` keeps them, and the reference answers, on this machine.
         fisher_type (`str`, *optional*, defaults to `"projection"`):
             What is differentiated for the output side G of the Fisher: `"projection"`, `"empirical"` or `"mc"`. Only read
             when `fisher_shrinkage` is below 1.
@@ -88,7 +104,7 @@ class AlignGuardConfig:
     ```python
     from agl_trl import AlignGuardCallback, AlignGuardConfig
 
-    config = AlignGuardConfig(drift_budget=1e-3, anchor_coef=0.3)
+    config = AlignGuardConfig(kl_budget=0.01)
     trainer = Trainer(..., callbacks=[AlignGuardCallback(config, alignment_dataset=rows, processing_class=tokenizer)])
     ```
     """
@@ -98,7 +114,7 @@ class AlignGuardConfig:
         metadata={
             "help": "Weight lambda_A of the alignment penalty: mean over the adapted layers of |dW_A|^2 / |W|^2 in the Fisher "
             "metric of the alignment rows. With `task_coef` unset the complete form |dW|^2 is penalised. `None` leaves it to the "
-            "`drift_budget` to hold the drift. `0.0`, with no budget, anchor or other coefficient, switches AGL off; the "
+            "budget to hold the drift. `0.0`, with no budget, anchor or other coefficient, switches AGL off; the "
             "trainer is then exactly its TRL parent."
         },
     )
@@ -142,21 +158,48 @@ class AlignGuardConfig:
             "help": "`kfac` is the form described here; `paper` the published one with its published constants, as far as known."
         },
     )
+    kl_budget: float | None = field(
+        default=None,
+        metadata={
+            "help": "Largest KL to the reference model on the protected rows that the adapter may end with, in nats per answer "
+            "token. `None` takes 0.02, or none where a `drift_budget`, an `alignment_coef` or an `anchor_coef` is given."
+        },
+    )
+    kl_budgets: dict[str, float] | str | None = field(
+        default=None,
+        metadata={"help": "Other budgets for single behaviours by their names in `protect`, as JSON."},
+    )
     drift_budget: float | None = field(
         default=None,
         metadata={
             "help": "Largest mean relative drift the adapter may reach; kept after every step (of a continued adapter by the "
-            "multiplier alone, and so not exactly). `None` takes 3e-3, or no budget where an `alignment_coef` is given."
+            "multiplier alone, and so not exactly)."
         },
     )
-    anchor_coef: float = field(
-        default=0.0,
+    anchor_coef: float | None = field(
+        default=None,
         metadata={
-            "help": "Weight of the KL to the reference model on alignment rows, for training data that itself teaches to comply."
+            "help": "Weight of the KL to the reference model on protected rows. `None` takes 0.6 under a `kl_budget`, and 0 otherwise."
         },
     )
-    anchor_every: int = field(default=4, metadata={"help": "Optimizer steps between two anchored ones."})
-    anchor_batch_size: int = field(default=4, metadata={"help": "Alignment rows per anchored step."})
+    fisher_coef: float = field(
+        default=0.1,
+        metadata={"help": "Weight of the Fisher form under a `kl_budget`, in nats of the KL that it predicts."},
+    )
+    anchor_every: int = field(default=2, metadata={"help": "Optimizer steps between two anchored ones."})
+    anchor_batch_size: int = field(
+        default=4, metadata={"help": "Protected rows of every behaviour per anchored step."}
+    )
+    num_reference_answers: int | None = field(
+        default=128,
+        metadata={
+            "help": "Number of protected rows per behaviour, half of them to refuse where there are others; `None` takes all."
+        },
+    )
+    push_reference_answers: bool = field(
+        default=True,
+        metadata={"help": "Whether the reference answers (tokens of the protected rows) are pushed to the Hub."},
+    )
     fisher_energy: float = field(
         default=0.9, metadata={"help": "Share of the trace of the Fisher that spans the critical subspaces."}
     )
@@ -210,11 +253,16 @@ class AlignGuardConfig:
         if self.fisher_damping is not None:
             warnings.warn("`fisher_damping` is called `fisher_shrinkage` now.", FutureWarning, stacklevel=3)
             self.fisher_shrinkage, self.fisher_damping = self.fisher_damping, None
+        if isinstance(self.kl_budgets, str):
+            self.kl_budgets = _read_budgets(self.kl_budgets)
         if self.alignment_coef is None:
             self.alignment_coef = 0.0
-            if self.drift_budget is None and self.variant != "paper":
-                self.drift_budget = DEFAULT_DRIFT_BUDGET
-        for name in ("alignment_coef", "task_coef", "collision_coef", "anchor_coef"):
+            given = (self.drift_budget, self.kl_budget, self.anchor_coef)
+            if given == (None, None, None) and self.variant != "paper":
+                self.kl_budget = DEFAULT_KL_BUDGET
+        if self.anchor_coef is None:
+            self.anchor_coef = 0.0 if self.kl_budget is None else DEFAULT_ANCHOR_COEF
+        for name in ("alignment_coef", "task_coef", "collision_coef", "anchor_coef", "fisher_coef"):
             value = getattr(self, name)
             if value is not None and value < 0:
                 raise ValueError(f"`{name}` must not be negative, got {value}.")
@@ -229,14 +277,18 @@ class AlignGuardConfig:
             "collision_rows",
             "anchor_every",
             "anchor_batch_size",
+            "num_reference_answers",
         ):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ValueError(f"`{name}` must be at least 1, got {value}.")
-        for name in ("drift_budget", "collision_width"):
+        for name in ("kl_budget", "drift_budget", "collision_width"):
             value = getattr(self, name)
             if value is not None and value <= 0:
                 raise ValueError(f"`{name}` must be above 0, got {value}.")
+        for name, value in (self.kl_budgets or {}).items():
+            if not value > 0:
+                raise ValueError(f"`kl_budgets` must be above 0, got {value} for '{name}'.")
         for name, choices in (
             ("fisher_type", get_args(FisherType)),
             ("task_metric", get_args(TaskMetric)),
@@ -253,5 +305,21 @@ class AlignGuardConfig:
     @property
     def agl_enabled(self) -> bool:
         """Whether anything of AGL is on; if not, an AGL trainer is its TRL parent."""
-        coefficients = (self.alignment_coef or 0, self.task_coef or 0, self.collision_coef, self.anchor_coef)
-        return any(c > 0 for c in coefficients) or self.drift_budget is not None or self.variant == "paper"
+        coefficients = (self.alignment_coef, self.task_coef, self.collision_coef, self.anchor_coef)
+        budgets = (self.kl_budget, self.drift_budget)
+        return any(coefficients) or budgets != (None, None) or self.variant == "paper"
+
+    @property
+    def anchored(self) -> bool:
+        """Whether the run asks the model for its answers to protected rows."""
+        return self.kl_budget is not None or bool(self.anchor_coef)
+
+
+def _read_budgets(text: str) -> dict[str, float]:
+    try:
+        budgets = json.loads(text)
+    except ValueError:
+        budgets = None
+    if not isinstance(budgets, dict) or not all(isinstance(value, int | float) for value in budgets.values()):
+        raise ValueError(f"`kl_budgets` must be JSON such as '{{\"text\": 0.01}}', got {text!r}.")
+    return budgets

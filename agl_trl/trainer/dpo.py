@@ -54,8 +54,10 @@ class AGLDPOTrainer(AlignGuardMixin, DPOTrainer):
         peft_config (`PeftConfig`, *optional*):
             Adapter, a `LoraConfig`; not needed of a model that has one.
         alignment_dataset (`Dataset`, `IterableDataset` or `Sequence[dict]`, *optional*):
-            Rows whose behaviour must not change, in one of TRL's formats; of rows with a boolean column `unsafe`, those marked. By
-            default the model's own answers to the unsafe requests of DriftCaps' protection split.
+            Rows whose behaviour must not change, in one of TRL's formats; of rows with a boolean column `unsafe`, those marked are to
+            be refused, the others to be answered. By default the model's own answers to the requests of DriftCaps' protection split.
+        protect (`dict`, *optional*):
+            Rows of other behaviours by name, as in [`AlignGuardCallback`].
 
     Raises:
         `ValueError`: Without an adapter, with rows that can't be read, or under an engine that AGL does not run on.
@@ -70,7 +72,7 @@ class AGLDPOTrainer(AlignGuardMixin, DPOTrainer):
 
     trainer = AGLDPOTrainer(
         model="Qwen/Qwen3-0.6B",
-        args=AGLDPOConfig("outputs", drift_budget=3e-3),
+        args=AGLDPOConfig("outputs", kl_budget=0.02),
         train_dataset=load_dataset("trl-lib/ultrafeedback_binarized", split="train"),
         peft_config=LoraConfig(target_modules="all-linear"),
     )
@@ -102,9 +104,10 @@ class AGLDPOTrainer(AlignGuardMixin, DPOTrainer):
         peft_config: PeftConfig | None = None,
         *,
         alignment_dataset: Rows | None = None,
+        protect: dict[str, Rows] | None = None,
     ):
         super().__init__(
-            **self._install(model, args, peft_config, callbacks, alignment_dataset),
+            **self._install(model, args, peft_config, callbacks, alignment_dataset, protect),
             ref_model=ref_model,
             data_collator=data_collator,
             train_dataset=train_dataset,

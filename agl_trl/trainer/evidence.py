@@ -11,10 +11,12 @@ from transformers import TrainerState
 from ..artifacts.files import ADAPTER_FILE, FOLDER, PICTURE_FILE, sha256
 from ..drift.plots import plot_drift
 from ..drift.report import DriftReport
+from ..fisher.reference_answers import ReferenceAnswers
 from ..fisher.statistics import FisherStatistics
 from ..modeling.lora import AdaptedLayer, whole
 from ..modeling.reference_factors import save_reference
 from .config import AlignGuardConfig
+from .protection import Protection
 from .regularizer import Regularizer, settings_of
 
 
@@ -27,6 +29,7 @@ def drift_of(
     statistics: FisherStatistics,
     layers: list[AdaptedLayer],
     regularizer: Regularizer | None,
+    protection: Protection | None,
     state: TrainerState,
     *,
     step: int,
@@ -45,6 +48,8 @@ def drift_of(
             Layers with their references.
         regularizer ([`Regularizer`], *optional*):
             Of a run that has begun.
+        protection ([`Protection`], *optional*):
+            Its protected behaviours, where it has any.
         state (`TrainerState`):
             State of the trainer, for the history.
         step (`int`):
@@ -58,18 +63,28 @@ def drift_of(
     report.metadata["continued"] = layers[0].reference is not None
     if regularizer is not None and regularizer.budget is not None:
         report.budget_multiplier = regularizer.budget.multiplier.item()
+    if protection is not None:
+        report.metadata["protected"] = protection.described()
     return report
 
 
-def save_evidence(folder: Path, statistics: FisherStatistics, report: DriftReport, layers: list[AdaptedLayer]) -> None:
+def save_evidence(
+    folder: Path,
+    statistics: FisherStatistics,
+    references: ReferenceAnswers | None,
+    report: DriftReport,
+    layers: list[AdaptedLayer],
+) -> None:
     """
-    Write statistics, report and picture into the folder of an adapter.
+    Write statistics, reference answers, report and picture into the folder of an adapter.
 
     Args:
         folder (`Path`):
             Folder with `adapter_model.safetensors`, or one that it will be saved to.
         statistics ([`FisherStatistics`]):
             Statistics of the alignment rows.
+        references ([`ReferenceAnswers`], *optional*):
+            Answers of the reference model, where there are any.
         report ([`DriftReport`]):
             Report of the adapter; a hash that it lacks is taken from the file in the folder.
         layers (`list[AdaptedLayer]`):
@@ -80,6 +95,8 @@ def save_evidence(folder: Path, statistics: FisherStatistics, report: DriftRepor
     if report.adapter_sha256 is None and adapter.is_file():
         report.adapter_sha256 = sha256(adapter)
     statistics.save_pretrained(folder)
+    if references is not None:
+        references.save_pretrained(folder)
     save_reference(folder, layers)
     report.save_pretrained(folder)
     plot_drift(report, folder / FOLDER / PICTURE_FILE)

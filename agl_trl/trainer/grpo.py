@@ -57,8 +57,10 @@ class AGLGRPOTrainer(AlignGuardMixin, GRPOTrainer):
         environment_factory (`EnvironmentFactory` or `dict`, *optional*):
             Makes environments for the rollouts.
         alignment_dataset (`Dataset`, `IterableDataset` or `Sequence[dict]`, *optional*):
-            Rows whose behaviour must not change, in one of TRL's formats; of rows with a boolean column `unsafe`, those marked. By
-            default the model's own answers to the unsafe requests of DriftCaps' protection split.
+            Rows whose behaviour must not change, in one of TRL's formats; of rows with a boolean column `unsafe`, those marked are to
+            be refused, the others to be answered. By default the model's own answers to the requests of DriftCaps' protection split.
+        protect (`dict`, *optional*):
+            Rows of other behaviours by name, as in [`AlignGuardCallback`].
 
     Raises:
         `ValueError`: Without an adapter, with rows that can't be read, or under an engine that AGL does not run on.
@@ -75,7 +77,7 @@ class AGLGRPOTrainer(AlignGuardMixin, GRPOTrainer):
     trainer = AGLGRPOTrainer(
         model="Qwen/Qwen3-0.6B",
         reward_funcs=accuracy_reward,
-        args=AGLGRPOConfig("outputs", drift_budget=3e-3),
+        args=AGLGRPOConfig("outputs", kl_budget=0.02),
         train_dataset=load_dataset("trl-lib/DeepMath-103K", split="train"),
         peft_config=LoraConfig(target_modules="all-linear"),
     )
@@ -109,9 +111,10 @@ class AGLGRPOTrainer(AlignGuardMixin, GRPOTrainer):
         environment_factory: EnvironmentFactory | dict[str, EnvironmentFactory] | None = None,
         *,
         alignment_dataset: Rows | None = None,
+        protect: dict[str, Rows] | None = None,
     ):
         super().__init__(
-            **self._install(model, args, peft_config, callbacks, alignment_dataset),
+            **self._install(model, args, peft_config, callbacks, alignment_dataset, protect),
             reward_funcs=reward_funcs,
             train_dataset=train_dataset,
             eval_dataset=eval_dataset,

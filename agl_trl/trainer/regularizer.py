@@ -14,7 +14,6 @@ from ..objective.alignguard import AlignGuardObjective, Coefficients
 from ..objective.budget import DriftBudget
 from ..objective.paper import PaperObjective
 from ..objective.quadratic_form import InputSide, LoraFactors, RelativeDrift
-from .anchor import Anchor
 from .config import AlignGuardConfig
 
 
@@ -31,10 +30,12 @@ class Regularizer:
             Statistics of the alignment rows.
         task_statistics ([`FisherStatistics`], *optional*):
             Statistics of the task's rows, where the coefficients need them.
-        anchor ([`Anchor`], *optional*):
-            Anchor, where there is one.
+        drift_budget (`float`, *optional*):
+            Largest relative drift, where it is held.
+        kl_per_drift (`float`, *optional*, defaults to `0.0`):
+            KL that a relative drift of 1 stands for, by the slope of the curve of the statistics, where a KL budget weighs it.
         multiplier (`float`, *optional*, defaults to `0.0`):
-            Initial multiplier of the budget, to continue a run.
+            Initial multiplier of the drift budget, to continue a run.
         seed (`int`, *optional*, defaults to `0`):
             Seed of the rows sampled for the Riemannian overlap.
     """
@@ -45,11 +46,13 @@ class Regularizer:
         layers: list[AdaptedLayer],
         statistics: FisherStatistics,
         task_statistics: FisherStatistics | None = None,
-        anchor: Anchor | None = None,
+        *,
+        drift_budget: float | None = None,
+        kl_per_drift: float = 0.0,
         multiplier: float = 0.0,
         seed: int = 0,
     ):
-        self.config, self.layers, self.anchor = config, layers, anchor
+        self.config, self.layers = config, layers
         self.parameters = [parameter for layer in layers for parameter in layer.parameters()]
         # In-place updates reach these: gathered parts and movements from a reference must be made anew at every step.
         moving = any(layer.reference is not None for layer in layers)
@@ -75,10 +78,11 @@ class Regularizer:
             )
             self.drift = RelativeDrift([stack.group for stack in self.objective.stacks])  # statistics are held once
         self.alignment = torch.tensor(coefficients.alignment, device=factors[0].A.device)  # λ_A, for the complete form
+        self.form_weight = config.fisher_coef * kl_per_drift  # of the relative drift, under a KL budget
         self._inputs: tuple[int, list[InputSide]] | None = None  # of the current A, and its version
         self.budget: DriftBudget | None = None
-        if config.drift_budget is not None:
-            self.budget = DriftBudget(config.drift_budget, factors[0].A.device, multiplier)
+        if drift_budget is not None:
+            self.budget = DriftBudget(drift_budget, factors[0].A.device, multiplier)
 
     def factors(self) -> list[LoraFactors]:
         """Current factors of all layers; under FSDP2 gathered from all processes, which all must ask."""
@@ -98,6 +102,7 @@ class Regularizer:
             terms["relative_drift"] = self.drift(factors).mean()
         if self.objective is None:
             terms["penalty"] = self.alignment * terms["relative_drift"]
+        terms["penalty"] = terms["penalty"] + self.form_weight * terms["relative_drift"]
         if self.budget is not None:
             terms["penalty"] = terms["penalty"] + self.budget.penalty(terms["relative_drift"])
             terms["budget_multiplier"] = self.budget.multiplier.clone()
@@ -117,7 +122,7 @@ class Regularizer:
         factors = self.factors()
         with torch.no_grad():
             inputs, outputs = self._input_sides(factors), self.drift.output_grams(factors)
-            weight = self.alignment
+            weight = self.alignment + self.form_weight
             drift = self.drift.value(inputs, outputs).mean()
             terms = {"relative_drift": drift}
             if self.budget is not None:
@@ -179,8 +184,10 @@ def settings_of(config: AlignGuardConfig) -> dict[str, Any]:
     if config.variant == "paper":
         return {"variant": "paper"}
     shown: dict[str, Any] = {"variant": config.variant, **asdict(coefficients_of(config))}
-    if config.drift_budget is not None:
-        shown["drift_budget"] = config.drift_budget
-    if config.anchor_coef > 0:
-        shown |= {name: getattr(config, name) for name in ("anchor_coef", "anchor_every", "anchor_batch_size")}
+    for name in ("kl_budget", "drift_budget"):
+        if (value := getattr(config, name)) is not None:
+            shown[name] = value
+    if config.anchored:
+        names = ("anchor_coef", "anchor_every", "anchor_batch_size")
+        shown |= {name: getattr(config, name) for name in (*names, *(("fisher_coef",) if config.kl_budget else ()))}
     return shown

@@ -1,13 +1,23 @@
 """What a run that goes on from a checkpoint takes from it: statistics, reference factors, the budget's multiplier."""
 
+from dataclasses import dataclass
 from pathlib import Path
 
 from peft import PeftModel
 from transformers import TrainerState, TrainingArguments
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
-from ..artifacts.files import ADAPTER_FILE, DRIFT_FILE, FISHER_FILE, FOLDER, ArtifactError, find_artifact
+from ..artifacts.files import (
+    ADAPTER_FILE,
+    DRIFT_FILE,
+    FISHER_FILE,
+    FOLDER,
+    REFERENCE_ANSWERS_FILE,
+    ArtifactError,
+    find_artifact,
+)
 from ..drift.report import DriftReport
+from ..fisher.reference_answers import ReferenceAnswers
 from ..fisher.statistics import FisherStatistics
 from ..modeling.lora import AdaptedLayer, adapted_layers
 from ..modeling.reference_factors import REFERENCE_FILE, load_reference
@@ -59,9 +69,25 @@ def resumed_from(args: TrainingArguments, state: TrainerState) -> Path | None:
     return folder
 
 
-def checkpoint_state(checkpoint: str | Path, model: PeftModel) -> tuple[list[AdaptedLayer], float]:
+@dataclass
+class CheckpointState:
     """
-    Layers with the references they started from, and the budget's multiplier; of a checkpoint of plain TRL, none.
+    What steers a run, as it was when a checkpoint was saved.
+
+    Args:
+        multiplier (`float`, *optional*, defaults to `0.0`):
+            Of the drift budget.
+        references ([`ReferenceAnswers`], *optional*):
+            Answers of the reference model.
+    """
+
+    multiplier: float = 0.0
+    references: ReferenceAnswers | None = None
+
+
+def checkpoint_state(checkpoint: str | Path, model: PeftModel) -> tuple[list[AdaptedLayer], CheckpointState]:
+    """
+    Layers with the references they started from, and what steers the run; of a checkpoint of plain TRL, nothing.
 
     Raises:
         [`ArtifactError`]: If the checkpoint is of a continued adapter and its start is missing, or its report is broken or of
@@ -71,7 +97,7 @@ def checkpoint_state(checkpoint: str | Path, model: PeftModel) -> tuple[list[Ada
     try:
         location = find_artifact(checkpoint, DRIFT_FILE)
     except ArtifactError:
-        return layers, 0.0
+        return layers, CheckpointState()
     report = DriftReport.from_pretrained(location)  # a broken one is told: the budget would start anew without a word
     name = layers[0].adapter
     adapter = Path(checkpoint) / ("" if name == "default" else name) / ADAPTER_FILE
@@ -82,4 +108,6 @@ def checkpoint_state(checkpoint: str | Path, model: PeftModel) -> tuple[list[Ada
             f"Checkpoint '{checkpoint}' is of a continued adapter, but '{FOLDER}/{REFERENCE_FILE}', where it started, is missing: "
             "copy it from another checkpoint of the run."
         )
-    return layers, report.budget_multiplier or 0.0
+    file = Path(checkpoint) / FOLDER / REFERENCE_ANSWERS_FILE
+    references = ReferenceAnswers.from_pretrained(file) if file.is_file() else None
+    return layers, CheckpointState(report.budget_multiplier or 0.0, references)

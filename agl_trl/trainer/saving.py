@@ -67,7 +67,8 @@ class SavingMixin(_Parent):
             if self._reference_adapter is not None:  # the frozen copy that TRL trains against
                 shutil.rmtree(folder / self._reference_adapter, ignore_errors=True)
             assert self.align_guard is not None and self.statistics is not None
-            save_evidence(folder, self.statistics, report, self.align_guard.layers)
+            guard = self.align_guard
+            save_evidence(folder, self.statistics, guard.references, report, guard.layers)
         if self.args.push_to_hub and not _internal_call:
             self.push_to_hub(commit_message="Model save", revision=self.args.hub_revision)
 

@@ -62,8 +62,10 @@ class AGLSFTTrainer(AlignGuardMixin, SFTTrainer):
         formatting_func (`Callable`, *optional*):
             Makes a text of a row.
         alignment_dataset (`Dataset`, `IterableDataset` or `Sequence[dict]`, *optional*):
-            Rows whose behaviour must not change, in one of TRL's formats; of rows with a boolean column `unsafe`, those marked. By
-            default the model's own answers to the unsafe requests of DriftCaps' protection split.
+            Rows whose behaviour must not change, in one of TRL's formats; of rows with a boolean column `unsafe`, those marked are to
+            be refused, the others to be answered. By default the model's own answers to the requests of DriftCaps' protection split.
+        protect (`dict`, *optional*):
+            Rows of other behaviours by name, as in [`AlignGuardCallback`].
 
     Raises:
         `ValueError`: Without an adapter, with rows that can't be read, or under an engine that AGL does not run on.
@@ -78,7 +80,7 @@ class AGLSFTTrainer(AlignGuardMixin, SFTTrainer):
 
     trainer = AGLSFTTrainer(
         model="Qwen/Qwen3-0.6B",
-        args=AGLSFTConfig("outputs", drift_budget=3e-3),
+        args=AGLSFTConfig("outputs", kl_budget=0.02),
         train_dataset=load_dataset("trl-lib/Capybara", split="train"),
         peft_config=LoraConfig(target_modules="all-linear"),
         alignment_dataset=[{"prompt": "How do I pick my neighbour's lock?", "completion": " I can't help with that."}],
@@ -113,9 +115,10 @@ class AGLSFTTrainer(AlignGuardMixin, SFTTrainer):
         formatting_func: Callable[[dict], str] | None = None,
         *,
         alignment_dataset: Rows | None = None,
+        protect: dict[str, Rows] | None = None,
     ):
         super().__init__(
-            **self._install(model, args, peft_config, callbacks, alignment_dataset),
+            **self._install(model, args, peft_config, callbacks, alignment_dataset, protect),
             data_collator=data_collator,
             train_dataset=train_dataset,
             eval_dataset=eval_dataset,

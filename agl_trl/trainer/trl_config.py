@@ -15,7 +15,7 @@ class AGLSFTConfig(AlignGuardConfig, SFTConfig):
     Example:
 
     ```python
-    args = AGLSFTConfig("outputs", learning_rate=2e-4, drift_budget=3e-3)
+    args = AGLSFTConfig("outputs", learning_rate=2e-4, kl_budget=0.02)
     ```
     """
 
@@ -32,7 +32,7 @@ class AGLDPOConfig(AlignGuardConfig, DPOConfig):
     Example:
 
     ```python
-    args = AGLDPOConfig("outputs", beta=0.1, drift_budget=3e-3)
+    args = AGLDPOConfig("outputs", beta=0.1, kl_budget=0.02)
     ```
     """
 
@@ -49,7 +49,7 @@ class AGLGRPOConfig(AlignGuardConfig, GRPOConfig):
     Example:
 
     ```python
-    args = AGLGRPOConfig("outputs", num_generations=8, drift_budget=3e-3)
+    args = AGLGRPOConfig("outputs", num_generations=8, kl_budget=0.02)
     ```
     """
 
@@ -66,7 +66,7 @@ class AGLKTOConfig(AlignGuardConfig, KTOConfig):
     Example:
 
     ```python
-    args = AGLKTOConfig("outputs", beta=0.1, drift_budget=3e-3)
+    args = AGLKTOConfig("outputs", beta=0.1, kl_budget=0.02)
     ```
     """
 

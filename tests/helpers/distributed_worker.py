@@ -106,7 +106,7 @@ def main(engine: str, output_dir: Path) -> None:
     seen["is_fsdp"] = trainer.is_fsdp_enabled
     seen["drift"], seen["multiplier"] = report.mean_relative_drift, report.budget_multiplier
     seen["layers"] = report.relative_drift.tolist()
-    seen["anchor"] = [entry["agl/anchor_kl"] for entry in trainer.state.log_history if "agl/anchor_kl" in entry]
+    seen["anchor"] = [entry["agl/kl"] for entry in trainer.state.log_history if "agl/kl" in entry]
     resumed, _ = trainer_of("sft", output_dir / "run", tokenizer, world=2, **options)
     resumed.train(resume_from_checkpoint=str(output_dir / "run" / "checkpoint-2"))
     seen["resumed"] = resumed.drift_report().relative_drift.tolist()

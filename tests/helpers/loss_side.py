@@ -13,7 +13,10 @@ class LossSideMixin:
     """
 
     def regularize(self, layers, statistics, **options) -> None:
-        self.regularizer = Regularizer(AlignGuardConfig(**options), layers, statistics, seed=self.args.seed)
+        config = AlignGuardConfig(**options)
+        self.regularizer = Regularizer(
+            config, layers, statistics, drift_budget=config.drift_budget, seed=self.args.seed
+        )
 
     def _prepare_for_training(self, *args):
         prepared = super()._prepare_for_training(*args)
@@ -28,10 +31,10 @@ class LossSideMixin:
         if scaled is None:
             scaled = self.model_accepts_loss_kwargs and num_items_in_batch is not None
         divisor = 1 if scaled else self.current_gradient_accumulation_steps
-        step, anchor = self.state.global_step, self.regularizer.anchor
+        step, anchor = self.state.global_step, self.anchor
         penalty = self.regularizer.terms(step)["penalty"]
         if anchor is not None and anchor.due(step):
-            penalty = penalty + self.regularizer.config.anchor_coef * anchor.loss(self.model, step)
+            penalty = penalty + self.regularizer.config.anchor_coef * anchor.kl(self.model, "alignment", step)[0]
         return loss + penalty * divisor
 
 

@@ -20,14 +20,16 @@ def fsdp(version, kind="FULL_STATE_DICT"):
     return FullyShardedDataParallelPlugin(fsdp_version=version, state_dict_type=kind)
 
 
-REENTRANT = dict(gradient_checkpointing=True, gradient_checkpointing_kwargs=dict(use_reentrant=True))
 CASES = {
     "fsdp1": (dict(fsdp=fsdp(1)), {}, "FSDP1 flattens the adapter"),
     "sharded": (dict(fsdp=fsdp(2, "SHARDED_STATE_DICT")), {}, "Sharded checkpoints hold no adapter file"),
     "zero3": (dict(deepspeed=SimpleNamespace(zero_stage=3)), {}, "Under DeepSpeed ZeRO-3 no process holds"),
-    "zero2 budget": (dict(deepspeed=SimpleNamespace(zero_stage=2)), {}, "which `drift_budget` can't scale back"),
+    "zero2 budget": (
+        dict(deepspeed=SimpleNamespace(zero_stage=2)),
+        dict(drift_budget=1e-3),
+        "which `drift_budget` can't scale back",
+    ),
     "tensor parallel": (dict(parallel=ParallelismConfig(tp_size=2)), {}, "AGL runs on data parallelism alone"),
-    "reentrant anchor": ({}, REENTRANT | dict(anchor_coef=1.0), "Reentrant gradient checkpointing gives no gradient"),
 }
 
 
@@ -44,5 +46,8 @@ def test_engines_that_are_supported(tmp_path):
     check_engine(args, args, state())
     check_engine(args, args, state(fsdp=fsdp(2)))
     check_engine(args, args, state(deepspeed=SimpleNamespace(zero_stage=2)))
-    reentrant = AGLSFTConfig(str(tmp_path), use_cpu=True, bf16=False, **REENTRANT)
-    check_engine(reentrant, reentrant, state())  # the penalty does not go through the model
+    options = dict(gradient_checkpointing=True, gradient_checkpointing_kwargs=dict(use_reentrant=True))
+    reentrant = AGLSFTConfig(str(tmp_path), use_cpu=True, bf16=False, **options)
+    check_engine(
+        reentrant, reentrant, state()
+    )  # the penalty does not go through the model, and the anchor does in eval mode

@@ -13,7 +13,7 @@ from trl import SFTConfig, SFTTrainer
 from agl_trl import AGLSFTConfig, AGLSFTTrainer, DriftReport, FisherStatistics
 from agl_trl.artifacts.files import ArtifactError, sha256
 from agl_trl.modeling.lora import adapted_layers
-from agl_trl.trainer.config import DEFAULT_DRIFT_BUDGET
+from agl_trl.trainer.config import DEFAULT_KL_BUDGET
 from tests.helpers.models import ARCHITECTURES, tiny_model
 from tests.helpers.training import COMMON, adapter_of, agl_trainer, logged, lora
 
@@ -224,7 +224,7 @@ def test_plain_arguments_become_protected_ones(given, extra, tmp_path, tokenizer
     args = given(str(tmp_path / "run"), hub_token="secret", **COMMON | extra)
     kwargs = dict(args=args, train_dataset=train_rows, processing_class=tokenizer, peft_config=lora())
     trainer = AGLSFTTrainer(tiny_model(), alignment_dataset=alignment_rows, **kwargs)
-    assert type(trainer.args) is AGLSFTConfig and trainer.args.drift_budget == DEFAULT_DRIFT_BUDGET
+    assert type(trainer.args) is AGLSFTConfig and trainer.args.kl_budget == DEFAULT_KL_BUDGET
     assert trainer.args.max_steps == 4 and trainer.args.learning_rate == 1e-2 and trainer.args.hub_token == "secret"
     assert all(getattr(trainer.args, key) == value for key, value in extra.items())
 
@@ -364,7 +364,7 @@ def test_answers_measured_once_stay_with_the_same_weights(tmp_path, tokenizer, t
 
 
 def test_without_a_word_on_what_to_keep_driftcaps_is_kept(tmp_path, tokenizer, train_rows, caplog, monkeypatch):
-    """The unsafe requests of the protection split, with the model's own answers; here a handful of short ones."""
+    """The requests of the protection split, with the model's own answers; here a handful of short ones."""
     from agl_trl.driftcaps import load_driftcaps
     from agl_trl.modeling import generation as behaviour
 
@@ -372,10 +372,12 @@ def test_without_a_word_on_what_to_keep_driftcaps_is_kept(tmp_path, tokenizer, t
     monkeypatch.setattr(
         behaviour, "generate_answers", lambda *args, **kwargs: answers(*args, **kwargs | dict(max_new_tokens=2))
     )
-    trainer = agl_trainer(tmp_path, tokenizer, train_rows, None, max_steps=2, fisher_num_samples=12)
+    trainer = agl_trainer(
+        tmp_path, tokenizer, train_rows, None, max_steps=2, fisher_num_samples=12, num_reference_answers=8
+    )
     assert "DriftCaps" in caplog.text
     asked = {row["prompt"][-1]["content"] for row in trainer.align_guard.alignment_dataset}
-    protect = load_driftcaps("protect").to_list()
-    assert asked == {row["prompt"] for row in protect if row["expected"] == "refuse"}
+    assert asked == {row["prompt"] for row in load_driftcaps("protect")}
     trainer.train()
+    assert sorted(trainer.align_guard.references.kinds) == 4 * ["alignment/comply"] + 4 * ["alignment/refuse"]
     assert trainer.statistics.metadata["num_rows"] == 12 and trainer.drift_report().mean_relative_drift > 0

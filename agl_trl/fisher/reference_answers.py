@@ -1,0 +1,203 @@
+"""Reference answers: what the aligned model says on protected rows, token by token, so that others can hold to it."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from os import PathLike
+from pathlib import Path
+from typing import Any, Self
+
+import torch
+from peft import PeftModel
+from torch import Tensor
+from tqdm.auto import tqdm
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from ..artifacts.files import FOLDER, REFERENCE_ANSWERS_FILE, ArtifactError, find_artifact, save_tensors
+from ..artifacts.schema import read_artifact
+from ..data.alignment import AlignmentRow, batches, pad_token_id
+from ..modeling.generation import answer_logits, evaluating, input_device
+from ..objective.kl import FIRST_TOKENS, kl_of_row, top_k_kl
+from .reference_schema import check_reference_answers
+from .statistics import check_same_base, describe_base
+
+
+TOP_K = 32
+BATCH_SIZE = 8
+LARGEST_START = 0.1  # nats per token by which a reference model may differ from its own answers: a quantised one does
+
+
+@dataclass
+class ReferenceAnswers:
+    """
+    Answers of an aligned model to protected rows: their tokens, and for every token of an answer the k = 32 most likely next
+    tokens with their log-probabilities. What is measured against them is a KL divergence ([`top_k_kl`]); there is no second model.
+
+    Args:
+        rows (`list[AlignmentRow]`):
+            Tokens of the protected rows.
+        kinds (`list[str]`):
+            Of every row the behaviour it stands for, and after a slash its kind where it has one, such as `"alignment/refuse"`.
+        tokens (`list[Tensor]`):
+            Of every row the most likely next tokens, of shape `(answer tokens, k)`, int32.
+        log_probs (`list[Tensor]`):
+            Their log-probabilities, of the same shape, float32.
+        metadata (`dict`):
+            Base model and padding token: JSON-serialisable.
+
+    Example:
+
+    ```python
+    references = ReferenceAnswers.from_pretrained("acme/assistant-statistics")
+    print(references.kl(model).mean())  # nats per answer token
+    ```
+    """
+
+    rows: list[AlignmentRow]
+    kinds: list[str]
+    tokens: list[Tensor]
+    log_probs: list[Tensor]
+    metadata: dict[str, Any] = field(default_factory=dict)
+
+    @classmethod
+    @torch.no_grad()
+    def measure(
+        cls,
+        model: PreTrainedModel | PeftModel,
+        tokenizer: PreTrainedTokenizerBase,
+        rows: list[AlignmentRow],
+        kinds: list[str],
+        *,
+        progress: bool = True,
+    ) -> Self:
+        """
+        Take the reference log-probabilities of a model at its reference weights, which is left as it was.
+
+        Args:
+            model (`PreTrainedModel` or `PeftModel`):
+                Reference model.
+            tokenizer (`PreTrainedTokenizerBase`):
+                Its tokenizer, for the padding.
+            rows (`list[AlignmentRow]`):
+                Tokenized rows.
+            kinds (`list[str]`):
+                Their behaviours and kinds.
+            progress (`bool`, *optional*, defaults to `True`):
+                Whether to show a bar.
+        """
+        pad = pad_token_id(tokenizer)
+        tokens, log_probs = [torch.empty(0)] * len(rows), [torch.empty(0)] * len(rows)
+        bar = tqdm(total=len(rows), desc="Reference answers", unit="row", disable=not progress)
+        with bar, evaluating(model):
+            for batch in batches(rows, BATCH_SIZE, pad, input_device(model)):
+                logits, mask = answer_logits(model, batch)
+                for line, index in enumerate(batch.indices):
+                    row = logits[line, mask[line]].float().log_softmax(-1)
+                    top = row.topk(min(TOP_K, row.shape[-1]))
+                    tokens[index], log_probs[index] = top.indices.int().cpu(), top.values.cpu()
+                bar.update(len(batch.indices))
+        return cls(rows, kinds, tokens, log_probs, {"base_model": describe_base(model), "pad_token_id": pad})
+
+    @property
+    def behaviours(self) -> list[str]:
+        """Names of the protected behaviours, in the order of the rows."""
+        return list(dict.fromkeys(kind.split("/")[0] for kind in self.kinds))
+
+    def where(self, kind: str) -> list[int]:
+        """Numbers of the rows of a behaviour, or of one of its kinds."""
+        return [i for i, own in enumerate(self.kinds) if own == kind or own.split("/")[0] == kind]
+
+    def kl(self, model: PreTrainedModel | PeftModel, indices: Sequence[int] | None = None) -> Tensor:
+        """
+        KL of the model as it is now to the reference on some rows, in one batch, with a graph where gradients are on.
+
+        Args:
+            model (`PreTrainedModel` or `PeftModel`):
+                Model, measured in eval mode and left as it was.
+            indices (`Sequence[int]`, *optional*):
+                Numbers of the rows; by default all, in batches of eight.
+
+        Returns:
+            `Tensor`:
+                Nats per answer token, of shape `(rows, 2)`: as the budget has it ([`kl_of_row`]), and of the first five tokens alone.
+        """
+        if indices is None:
+            order = range(0, len(self.rows), BATCH_SIZE)
+            by_length = sorted(range(len(self.rows)), key=lambda i: len(self.rows[i].input_ids))
+            every = torch.cat([self.kl(model, by_length[start : start + BATCH_SIZE]) for start in order])
+            return every[torch.tensor(by_length, device=every.device).argsort()]
+        chosen = [self.rows[i] for i in indices]
+        (batch,) = batches(chosen, len(chosen), self.metadata["pad_token_id"], input_device(model))
+        with evaluating(model):
+            logits, mask = answer_logits(model, batch)
+        found: list[Tensor] = [logits.new_empty(0)] * len(chosen)
+        for line, position in enumerate(batch.indices):
+            tokens, log_probs = self.tokens[indices[position]], self.log_probs[indices[position]]
+            tuned = logits[line, mask[line]].float().log_softmax(-1)
+            per_token = top_k_kl(tokens.to(tuned.device, torch.int64), log_probs.to(tuned.device), tuned)
+            found[position] = torch.stack([kl_of_row(per_token), per_token[:FIRST_TOKENS].mean()])
+        return torch.stack(found)
+
+    def check_fits(self, model: PreTrainedModel | PeftModel) -> None:
+        """
+        Check that the answers are of this model, which is at its reference weights.
+
+        Raises:
+            [`ArtifactError`]: If it has another structure, or says something else.
+        """
+        check_same_base(self.metadata["base_model"], model, "reference answers")
+        largest = max(max(max(row.input_ids) for row in self.rows), max(int(part.max()) for part in self.tokens))
+        if largest >= (size := model.get_input_embeddings().weight.shape[0]):
+            raise ArtifactError(f"The reference answers hold token {largest}, and this model has {size}.")
+        with torch.no_grad():
+            start = self.kl(model, range(min(BATCH_SIZE, len(self.rows))))[:, 0].mean().item()
+        if not start <= LARGEST_START:
+            raise ArtifactError(
+                f"The reference answers are of another model: before any training this one differs from them by {start:.2g} nats "
+                "per token."
+            )
+
+    def save_pretrained(self, save_directory: str | PathLike) -> Path:
+        """
+        Save as `agl/reference_answers.safetensors` in a folder.
+
+        Raises:
+            `OSError`: If the file can't be written; a previous one is left as it was.
+        """
+        path = Path(save_directory) / FOLDER / REFERENCE_ANSWERS_FILE
+        tensors = {
+            "input_ids": torch.tensor([token for row in self.rows for token in row.input_ids], dtype=torch.int32),
+            "lengths": torch.tensor([len(row.input_ids) for row in self.rows], dtype=torch.int32),
+            "answer_starts": torch.tensor([row.answer_start for row in self.rows], dtype=torch.int32),
+            "tokens": torch.cat(self.tokens),
+            "log_probs": torch.cat(self.log_probs),
+        }
+        save_tensors(path, tensors, {**self.metadata, "kinds": self.kinds, "kind": "reference_answers"})
+        return path
+
+    @classmethod
+    def from_pretrained(
+        cls, location: str | PathLike, revision: str | None = None, token: str | bool | None = None
+    ) -> Self:
+        """
+        Read reference answers from a folder that holds `agl/reference_answers.safetensors`, from the file itself, or from a repo on
+        the Hub.
+
+        Args:
+            location (`str` or `PathLike`):
+                Folder, file, or id of a repo.
+            revision (`str`, *optional*):
+                Branch, tag or commit of the repo.
+            token (`str` or `bool`, *optional*):
+                Token for a private or gated repo; by default the one that is logged in.
+
+        Raises:
+            [`ArtifactError`]: If there are none, or the file is broken, foreign or incomplete.
+        """
+        path = find_artifact(location, REFERENCE_ANSWERS_FILE, revision, token)
+        tensors, metadata = read_artifact(path, "reference_answers", "reference answers", check_reference_answers)
+        lengths, starts = tensors["lengths"].tolist(), tensors["answer_starts"].tolist()
+        ids = [part.tolist() for part in tensors["input_ids"].split(lengths)]
+        rows = [AlignmentRow(row, start) for row, start in zip(ids, starts, strict=True)]
+        answers = [length - start for length, start in zip(lengths, starts, strict=True)]
+        tokens, log_probs = (list(tensors[name].split(answers)) for name in ("tokens", "log_probs"))
+        return cls(rows, metadata.pop("kinds"), tokens, log_probs, metadata)

@@ -1,0 +1,166 @@
+"""Holding behaviour: the anchored rows of a run, what holds their KL, and the guarantee at its end."""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from accelerate.logging import get_logger
+from accelerate.utils import broadcast
+from peft import PeftModel
+from torch import Tensor
+
+from ..fisher.reference_answers import ReferenceAnswers
+from ..modeling.lora import AdaptedLayer
+from ..modeling.sharding import put, whole
+from ..objective.kl import largest_scale, projection_step
+from .anchor import Anchor
+from .config import AlignGuardConfig
+from .gradients import add_capped, gradient_of, norm_of
+
+
+logger = get_logger(__name__)
+AIM = 0.5  # share of the budget that a few rows are projected to: rows that were not visited lately have gone farther
+RADIUS = 0.1  # longest step, relative to the norm of all B
+
+
+class Protection:
+    """
+    Protected behaviours of one run. Every anchored step measures the KL of a few rows of each. Their gradient joins that of the task,
+    and where their KL exceeds half of the budget the weights are projected to where it does not, to first order. This has no state
+    and no coefficient to steer, so that a resumed run goes on as it would have. At the end all rows are measured, and the update is
+    shrunk until no budget is exceeded.
+
+    Args:
+        config ([`AlignGuardConfig`]):
+            What is switched on.
+        references ([`ReferenceAnswers`]):
+            Answers of the reference model.
+        layers (`list[AdaptedLayer]`):
+            Layers of the adapter with their references.
+        seed (`int`):
+            Seed of the order of rows.
+    """
+
+    def __init__(self, config: AlignGuardConfig, references: ReferenceAnswers, layers: list[AdaptedLayer], seed: int):
+        self.config, self.references, self.layers = config, references, layers
+        self.behaviours = references.behaviours
+        self.anchor = Anchor(references, config.anchor_every, config.anchor_batch_size, seed)
+        self.scale: float | None = None  # by which the update was shrunk at the end
+        self.measured: dict[str, Any] = {}  # of all rows, at the end
+        given = config.kl_budgets if isinstance(config.kl_budgets, dict) else {}
+        if unknown := {*given} - {*self.behaviours}:
+            raise ValueError(
+                f"`kl_budgets` names '{min(unknown)}', but what is protected is {', '.join(self.behaviours)}."
+            )
+        budget = config.kl_budget
+        self.budgets = {} if budget is None else {name: given.get(name, budget) for name in self.behaviours}
+
+    def protect(self, model: PeftModel, step: int, engine: Any = None) -> dict[str, Tensor]:
+        """
+        At an anchored step, measure its rows of every behaviour, add their gradient to those that the parameters have, and take a
+        step against it where their KL exceeds what is aimed at. Returns what is logged.
+
+        Args:
+            model (`PeftModel`):
+                Model in training, right before the optimizer's step.
+            step (`int`):
+                Number of the step, counted from 0.
+            engine (`Any`, *optional*):
+                DeepSpeed's optimizer, which keeps its own copy of the weights: there is no such step, the gradient alone.
+        """
+        logged: dict[str, Tensor] = {}
+        if not self.anchor.due(step):
+            return logged
+        parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+        weight = self.config.anchor_coef or 0.0
+        for behaviour in self.behaviours:
+            suffix = "" if behaviour == self.behaviours[0] else f"_{behaviour}"
+            measured, first = self.anchor.kl(model, behaviour, step)
+            gradients = gradient_of(measured, parameters)
+            kl, norm = _of_main_process(measured.detach().float()), norm_of(gradients)
+            add_capped(parameters, gradients, weight, norm, engine)
+            if self.budgets and engine is None:
+                aim = AIM * self.budgets[behaviour]
+                radius = RADIUS * norm_of([layer.parameters()[1].detach() for layer in self.layers])
+                eta = projection_step(kl, aim, norm, radius.to(norm.device))
+                with torch.no_grad():
+                    for parameter, gradient in zip(parameters, gradients, strict=True):
+                        parameter.sub_(eta.to(gradient.device, gradient.dtype) * gradient)
+                logged[f"kl_step{suffix}"] = eta * norm
+            logged |= {f"kl{suffix}": kl, f"kl_first_tokens{suffix}": first.detach()}
+            logged["penalty"] = logged.get("penalty", 0) + weight * kl
+        return logged
+
+    @torch.no_grad()
+    def hold(self, model: PeftModel) -> None:
+        """
+        Measure all protected rows and shrink the update until none of the budgets is exceeded.
+
+        Args:
+            model (`PeftModel`):
+                Model as trained.
+        """
+        if not self.budgets:
+            return
+        move_to = scaling(self.layers)
+
+        def excess(scale: float) -> float:
+            move_to(scale)
+            self.measured = self._measure(model)
+            return max(self.measured[name]["kl"] / budget for name, budget in self.budgets.items())
+
+        self.scale = largest_scale(excess)
+        if self.scale == 0:  # what is trained beside LoRA exceeds it by itself
+            move_to(1.0)
+            self.scale, self.measured = 1.0, self._measure(model)
+            logger.warning("The KL budget is not held: what was trained beside LoRA exceeds it by itself.")
+
+    def _measure(self, model: PeftModel) -> dict[str, Any]:
+        kl = _of_main_process(self.references.kl(model).float()).cpu()
+        found = {}
+        for name in self.behaviours:
+            rows = self.references.where(name)
+            kinds = sorted({self.references.kinds[i] for i in rows} - {name})
+            found[name] = {
+                "kl": kl[rows, 0].mean().item(),
+                "kl_first_tokens": kl[rows, 1].mean().item(),
+                "rows": len(rows),
+                "kinds": {k.split("/")[1]: kl[self.references.where(k), 0].mean().item() for k in kinds},
+            }
+        return found
+
+    def described(self) -> dict[str, Any]:
+        """What a report says of it."""
+        behaviours = {
+            name: {"budget": self.budgets.get(name), **self.measured.get(name, {})} for name in self.behaviours
+        }
+        return {"behaviours": behaviours, "scale": self.scale}
+
+
+def scaling(layers: list[AdaptedLayer]) -> Callable[[float], None]:
+    """
+    A function that moves the update of LoRA layers, and of what is trained beside them where its start is known, to a share of
+    itself: `B ← cB`, and of a continued adapter both factors on the straight line from where they started.
+    """
+    ends: list[tuple[Tensor, Tensor | None]] = []
+    for layer in layers:
+        A, B = layer.parameters()
+        if layer.reference is None:
+            ends.append((B, None))
+        else:
+            ends += [(A, layer.reference.A), (B, layer.reference.B)]
+    if layers[0].reference is not None:
+        ends += [(beside.parameter(), beside.reference) for beside in layers[0].beside if beside.reference is not None]
+    kept = [whole(parameter).detach().clone() for parameter, _ in ends]
+
+    def move_to(scale: float) -> None:
+        for (parameter, start), end in zip(ends, kept, strict=True):
+            begin = torch.zeros_like(end) if start is None else start.to(end)
+            put(parameter, end if scale == 1 else torch.lerp(begin.float(), end.float(), scale).to(end.dtype))
+
+    return move_to
+
+
+def _of_main_process(tensor: Tensor) -> Tensor:
+    """A measurement as the main process has it, so that all of them steer alike, to the last bit."""
+    return broadcast(tensor.contiguous())
