@@ -38,7 +38,7 @@ def calibrate(
 ) -> None:
     """
     Measure KL against relative drift and keep the curve in the metadata of statistics, `metadata["kl_curve"]`: for every direction
-    the mean KL of eight protected rows at seven drifts. Two directions are random, one is that of a first step of Adam which
+    the mean KL of eight rows to refuse at seven drifts. Two directions are random, one is that of a first step of Adam which
     teaches every row another row's answer: a task pulls like this, and in such a direction a drift costs more.
 
     Args:
@@ -56,6 +56,11 @@ def calibrate(
     layers = {name: module for name, module in linear_layers(model).items() if name in statistics.input_of}
     generator = torch.Generator().manual_seed(seed)
     order = torch.randperm(len(references.rows), generator=generator).tolist()[:ROWS]
+    # Statistics are of the rows to refuse, and their metric says nothing of others.
+    refusals = [i for i, kind in enumerate(references.kinds) if kind.endswith("/refuse")] or range(
+        len(references.rows)
+    )
+    asked = [refusals[i] for i in torch.randperm(len(refusals), generator=generator).tolist()[:ROWS]]
     directions = [_random(layers, generator) for _ in range(RANDOM_DIRECTIONS)]
     directions.append(_gradient(model, layers, [references.rows[i] for i in order], references, generator))
     curves = []
@@ -66,7 +71,7 @@ def calibrate(
             curve = []
             for drift in DRIFTS:
                 with _moved(layers, direction, math.sqrt(drift / norm)):
-                    curve.append(references.kl(model, order)[:, 0].mean().item())
+                    curve.append(references.kl(model, asked)[:, 0].mean().item())
                 bar.update()
             curves.append(curve)
     statistics.metadata["kl_curve"] = {"drifts": list(DRIFTS), "kl": curves}

@@ -15,9 +15,11 @@ from trl import DPOTrainer, SFTConfig, SFTTrainer
 from agl_trl import AGLSFTConfig, AGLSFTTrainer, FisherStatistics
 from agl_trl.data.alignment import batches, select_rows, tokenize_row
 from agl_trl.experiments.demo import LORA
+from agl_trl.fisher.reference_answers import ReferenceAnswers
 from agl_trl.miniworld import alignment_dataset, load_model
 from agl_trl.modeling.lora import base_weight, linear_layers
 from agl_trl.objective.covariance import LowRankCovariance
+from agl_trl.trainer.anchor import Anchor
 
 from .asft import asft
 from .ideas import layer_importance, proximal, pseudo_replay
@@ -26,7 +28,15 @@ from .lox import lox
 from .projection import projection
 from .safe_lora import safe_lora
 from .salora import salora
-from .setting import Setting, batch_nll, build, common, published_statistics
+from .setting import (
+    Setting,
+    batch_nll,
+    build,
+    common,
+    protected_rows,
+    published_statistics,
+    reference_answers,
+)
 from .splora import splora
 
 
@@ -44,11 +54,33 @@ def agl(**options: Any) -> Callable[[Setting], SFTTrainer]:
 
     def make(setting: Setting) -> SFTTrainer | DPOTrainer:
         trainer_class, config_class = setting.agl
-        if options.get("anchor_coef", 0) > 0 or options.get("variant") == "paper" or "fisher_shrinkage" in options:
+        if {"anchor_coef", "variant", "fisher_shrinkage"} & {*options}:
             data = dict(alignment_dataset=alignment_dataset())
             return build(trainer_class, config_class(**common(setting, **options)), setting, **data)
         path = published_statistics(setting.folder)
         return build(trainer_class, config_class(**common(setting, fisher_path=str(path), **options)), setting)
+
+    return make
+
+
+def kl_budget(budget: float | None = None, **options: Any) -> Callable[[Setting], SFTTrainer]:
+    """AGL as it is by default: a budget on the KL on protected rows, of which refusals and look-alikes are in the run."""
+
+    def make(setting: Setting) -> SFTTrainer | DPOTrainer:
+        trainer_class, config_class = setting.agl
+        args = config_class(**common(setting, kl_budget=budget, **options))
+        return build(trainer_class, args, setting, alignment_dataset=alignment_dataset())
+
+    return make
+
+
+def calibrated(budget: float) -> Callable[[Setting], SFTTrainer]:
+    """AGL from published statistics alone: a KL budget that their curve translates into one on the relative drift."""
+
+    def make(setting: Setting) -> SFTTrainer | DPOTrainer:
+        trainer_class, config_class = setting.agl
+        path = published_statistics(setting.folder)
+        return build(trainer_class, config_class(**common(setting, fisher_path=str(path), kl_budget=budget)), setting)
 
     return make
 
@@ -72,7 +104,7 @@ def l2(coef: float) -> Callable[[Setting], SFTTrainer]:
 
 
 class ReplayTrainer(SFTTrainer):
-    """Safety replay: a few refusals in every step, as part of the loss."""
+    """Safety replay: a few protected rows in every step, as part of the loss."""
 
     coef, rows_per_step = 0.2, 1
 
@@ -90,10 +122,32 @@ class ReplayTrainer(SFTTrainer):
 def replay(coef: float = 0.2) -> Callable[[Setting], SFTTrainer]:
     def make(setting: Setting) -> SFTTrainer:
         trainer = build(ReplayTrainer, SFTConfig(**common(setting)), setting)
-        selected = select_rows(alignment_dataset(), None, setting.seed)
-        order = torch.randperm(len(selected), generator=torch.Generator().manual_seed(setting.seed)).tolist()
-        trainer.replay_rows = [tokenize_row(selected[i], setting.tokenizer) for i in order]
+        rows, _ = protected_rows(setting.tokenizer, setting.seed)
+        order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(setting.seed)).tolist()
+        trainer.replay_rows = [rows[i] for i in order]
         trainer.coef = coef
+        return trainer
+
+    return make
+
+
+class KLTrainer(SFTTrainer):
+    """KL to the reference model on rows to refuse and to answer, in every step: those that AGL has, mean over rows, weight 1."""
+
+    rows_per_step = 16
+    references: ReferenceAnswers
+
+    def training_step(self, *args: Any, **kwargs: Any) -> torch.Tensor:
+        loss = super().training_step(*args, **kwargs)
+        anchor = Anchor(self.references, 1, self.rows_per_step, self.args.seed)
+        self.accelerator.backward(anchor.kl(self.model, "alignment", self.state.global_step)[0])
+        return loss
+
+
+def kl() -> Callable[[Setting], SFTTrainer]:
+    def make(setting: Setting) -> SFTTrainer:
+        trainer = build(KLTrainer, SFTConfig(**common(setting)), setting)
+        trainer.references = reference_answers(trainer.model, setting.tokenizer, setting.seed)
         return trainer
 
     return make
@@ -211,7 +265,13 @@ METHODS = {
     ),
     "replay": Method(replay(), "replay", ROWS),
     "replay-1": Method(replay(1.0), "replay", ROWS),
-    "kl": Method(agl(alignment_coef=0.0, anchor_coef=1.0, anchor_every=1, anchor_batch_size=16), "KL", ROWS),
+    "kl": Method(kl(), "KL", ROWS),
+    "agl": Method(kl_budget(), "AGL", ROWS, preferences=True),
+    "agl-kl-0.005": Method(kl_budget(0.005), "AGL", ROWS, preferences=True),
+    "agl-kl-0.05": Method(kl_budget(0.05), "AGL", ROWS, preferences=True),
+    "agl-no-form": Method(kl_budget(0.02, fisher_coef=0.0), "AGL, anchor alone", ROWS),
+    "agl-no-anchor": Method(kl_budget(0.02, anchor_coef=0.0, fisher_coef=1.0), "AGL, form and projection", ROWS),
+    "agl-statistics": Method(calibrated(0.02), "AGL, statistics alone", STATISTICS, preferences=True),
     "safe-lora": Method(safe_lora(), "Safe LoRA", PAIR),
     "safe-lora-exact": Method(safe_lora(energy=0.5), "Safe LoRA, exact", PAIR),
     "salora": Method(salora(), "SaLoRA", ROWS),
@@ -226,6 +286,18 @@ METHODS = {
     "lookahead-virtual": Method(lookahead(virtual), "LookAhead, virtual", NOTHING, prefixed=True),
 }
 # On every protocol; the others are variants, on the first.
-CORE = ("lora", "agl-3", "budget-1e-3", "budget-3e-3", "anchor", "ewc-1e4", "replay", "kl")
+CORE = (
+    "lora",
+    "agl",
+    "agl-kl-0.05",
+    "agl-statistics",
+    "agl-3",
+    "budget-1e-3",
+    "budget-3e-3",
+    "anchor",
+    "ewc-1e4",
+    "replay",
+    "kl",
+)
 CORE += ("safe-lora", "salora", "splora", "lox", "asft", "spf", "ogpsa", "lookahead-real", "lookahead-virtual")
-QUICK = ("lora", "agl-3", "budget-3e-3", "replay")
+QUICK = ("lora", "agl", "budget-3e-3", "replay")

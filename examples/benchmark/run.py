@@ -20,7 +20,7 @@ from agl_trl.miniworld import heldout_prompts, load_model, load_tokenizer
 from .lookahead import prefixed
 from .methods import METHODS
 from .protocols import PROTOCOLS, attack, test_rows, training_rows
-from .setting import PUBLISHED, Setting
+from .setting import PUBLISHED, Setting, reference_answers
 
 
 def start_worker() -> None:
@@ -54,6 +54,7 @@ def run_one(protocols: tuple[str, ...], method: str, seed: int, steps: int, fold
     kept = None if budget is None else trainer.drift_report().mean_relative_drift <= budget
     test = test_rows(rule)
     expected = test.map(prefixed) if METHODS[method].prefixed else test
+    references = reference_answers(load_model(), tokenizer, seed)
     yardstick = FisherStatistics.from_pretrained(folder / PUBLISHED)
     lines = []
     for protocol in protocols:
@@ -62,7 +63,17 @@ def run_one(protocols: tuple[str, ...], method: str, seed: int, steps: int, fold
         _, run = evaluate(method, seed, trainer.model, tokenizer, prompts, expected, progress=False)
         run.relative_drift = DriftReport.measure(trainer.model, yardstick).mean_relative_drift
         run.train_seconds = seconds
-        line = {"protocol": protocol, "steps": steps, "run": vars(run), "budget_kept": kept, "peak_bytes": peak}
+        with torch.no_grad():
+            kl = references.kl(trainer.model)
+        line = {
+            "protocol": protocol,
+            "steps": steps,
+            "run": vars(run),
+            "budget_kept": kept,
+            "kl": kl[:, 0].mean().item(),
+            "kl_budget": getattr(trainer.args, "kl_budget", None),
+            "peak_bytes": peak,
+        }
         lines.append(line)
     shutil.rmtree(scratch, ignore_errors=True)
     return lines

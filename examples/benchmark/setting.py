@@ -1,5 +1,6 @@
 """What is the same for all methods of a comparison."""
 
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,10 +13,13 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, PrinterCallba
 from trl import DPOConfig, DPOTrainer, SFTConfig, SFTTrainer
 
 from agl_trl import AGLDPOConfig, AGLDPOTrainer, AGLSFTConfig, AGLSFTTrainer, estimate_fisher
-from agl_trl.data.alignment import AlignmentBatch
+from agl_trl.data.alignment import AlignmentBatch, AlignmentRow, select_rows, tokenize_rows
 from agl_trl.experiments.demo import LORA, TRAINING
+from agl_trl.fisher.calibration import calibrate
+from agl_trl.fisher.reference_answers import ReferenceAnswers
 from agl_trl.miniworld import alignment_dataset, load_model, load_tokenizer
 from agl_trl.modeling.lora import adapted_layers
+from agl_trl.trainer.reference import COMPLY, REFUSE
 
 
 # Pairs of a right and a useless answer; with the likelihood of the right one in the loss, as is usual, or nothing is learned.
@@ -94,5 +98,28 @@ def published_statistics(folder: Path) -> Path:
     """What the model's owner has published: in a comparison the same for all runs and put there before, else estimated here."""
     path = folder / PUBLISHED
     if not path.exists():
-        estimate_fisher(load_model(), alignment_dataset(), load_tokenizer(), progress=False).save_pretrained(path)
+        model, tokenizer = load_model(), load_tokenizer()
+        statistics = estimate_fisher(model, alignment_dataset(), tokenizer, progress=False)
+        calibrate(model, statistics, reference_answers(model, tokenizer, 0), progress=False)
+        statistics.save_pretrained(path)
     return path
+
+
+def protected_rows(tokenizer: PreTrainedTokenizerBase, seed: int) -> tuple[list[AlignmentRow], list[str]]:
+    """The rows that AGL protects by default, tokenized, with their kinds: as many to refuse as to answer."""
+    rows: list[AlignmentRow] = []
+    kinds: list[str] = []
+    for kind, unsafe in ((REFUSE, True), (COMPLY, False)):
+        selected = select_rows(alignment_dataset(), 64, seed, unsafe=unsafe)
+        rows += tokenize_rows(selected, tokenizer)
+        kinds += [kind] * len(selected)
+    return rows, kinds
+
+
+def reference_answers(
+    model: PreTrainedModel | PeftModel, tokenizer: PreTrainedTokenizerBase, seed: int
+) -> ReferenceAnswers:
+    """What the aligned model says on these rows."""
+    rows, kinds = protected_rows(tokenizer, seed)
+    with model.disable_adapter() if isinstance(model, PeftModel) else nullcontext():
+        return ReferenceAnswers.measure(model, tokenizer, rows, kinds, progress=False)
