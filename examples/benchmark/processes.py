@@ -17,8 +17,8 @@ from rich.console import Console
 
 
 EXAMPLES = Path(__file__).parent.parent
-PLAIN = dict(alignment_coef=0.0, drift_budget=None, alignment_dataset_name=None)  # TRL's trainer, bit for bit
-VARIANTS = {"TRL": PLAIN, "budget": {}, "penalty": dict(drift_budget=None, alignment_coef=3.0)}
+PLAIN = dict(alignment_coef=0.0, alignment_dataset_name=None)  # TRL's trainer, bit for bit
+VARIANTS = {"TRL": PLAIN, "default": {}, "penalty": dict(alignment_coef=3.0)}
 
 
 def train_seconds(changes: dict, kind: str, steps: int, folder: str) -> float:

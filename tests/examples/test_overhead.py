@@ -84,10 +84,10 @@ def test_passes_are_measured_against_an_epoch(tmp_path):
 
 def test_trainers_take_turns(tmp_path):
     overhead.main(
-        kind="dpo", steps=2, only="TRL again,budget (default)", parts="time", rows=4, rounds=1, output_dir=tmp_path
+        kind="dpo", steps=2, only="TRL again,KL budget (default)", parts="time", rows=4, rounds=1, output_dir=tmp_path
     )
     lines = json.loads((tmp_path / "embedded-dpo.json").read_text())["time"]
-    assert [line["variant"] for line in lines] == ["TRL", "TRL again", "budget (default)"]
+    assert [line["variant"] for line in lines] == ["TRL", "TRL again", "KL budget (default)"]
     assert [line["steps"] for line in lines] == [2, 2, 2] and lines[0]["high"] == 1
     assert 0 < lines[2]["own work"] < 1 and "own work" not in lines[1]
 
