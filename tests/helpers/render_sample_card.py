@@ -106,8 +106,24 @@ def made_up_report(behaviour: Behaviour | None = None, base_model: str | None = 
             "fisher": {"shrinkage": 1.0, "num_tokens": 12345, "seed": 0},
             "coefficients": {
                 "variant": "kfac",
-                **asdict(Coefficients(alignment=0.1, task=0.1)),
-                "drift_budget": 0.001,
+                **asdict(Coefficients(alignment=0.0, task=0.0)),
+                "kl_budget": 0.02,
+                "fisher_coef": 0.1,
+                "anchor_coef": 0.6,
+                "anchor_every": 2,
+            },
+            "protected": {
+                "behaviours": {
+                    "alignment": {
+                        "budget": 0.02,
+                        "kl": 0.0195,
+                        "kl_first_tokens": 0.025,
+                        "rows": 128,
+                        "kinds": {"comply": 0.018, "refuse": 0.021},
+                    },
+                    "text": {"budget": 0.01, "kl": 0.004, "kl_first_tokens": 0.006, "rows": 64, "kinds": {}},
+                },
+                "scale": 0.9,
             },
         },
     )
