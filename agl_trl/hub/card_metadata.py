@@ -152,8 +152,9 @@ def eval_results(report: DriftReport) -> list[EvalResult]:
         entries.append((weights, [("relative_drift", label, float(f"{report.mean_relative_drift:.4g}"))]))
     for name, kept in (report.metadata.get("protected") or {"behaviours": {}})["behaviours"].items():
         if kept.get("kl") is not None:
-            rows = {"dataset_type": "protected-rows", "dataset_name": f"Protected rows of the training ({name})"}
-            label = f"KL to the {_reference(report)} after training, nats per answer token"
+            rows = {"dataset_type": "protected-rows", "dataset_config": name}
+            rows |= {"dataset_name": f"Protected rows of the training ({name})"}
+            label = f"KL to the {_reference(report)} on the protected rows of the training, {name}, nats per token"
             entries.append((rows, [("kl_divergence", label, float(f"{kept['kl']:.4g}"))]))
     if (behaviour := report.behaviour) is not None:
         name, _ = prompt_set(behaviour)

@@ -28,8 +28,8 @@ def _with_interval(rate: Rate) -> str:
     return f"{100 * rate.value:.1f} % ({100 * low:.1f} to {100 * high:.1f} %)"
 
 
-def _number(value: float, form: str) -> str:
-    return "–" if isnan(value) else format(value, form)
+def _number(value: float | None, form: str) -> str:
+    return "–" if value is None or isnan(value) else format(value, form)
 
 
 def render(template: str, **values: Any) -> str:
@@ -109,7 +109,7 @@ def render_evidence(
             "prompts": prompts,
             "licence": licence,
         }
-    protected = report.metadata.get("protected")
+    protected, settings = report.metadata.get("protected"), report.metadata.get("coefficients") or {}
     return render(
         "evidence.md.jinja",
         protected=protected,
@@ -118,7 +118,8 @@ def render_evidence(
         references_published=references_published,
         report=report,
         behaviour=behaviour,
-        budget=(report.metadata.get("coefficients") or {}).get("drift_budget"),
+        budget=settings.get("drift_budget"),
+        kl_budget=settings.get("kl_budget"),
         continued=bool(report.metadata.get("continued")),
         projected=report.metadata.get("projected"),
         num_tokens=(report.metadata.get("fisher") or {}).get("num_tokens"),
