@@ -119,7 +119,10 @@ def held_report(behaviour: Behaviour | None = None) -> DriftReport:
     report.metadata["coefficients"] = {
         "variant": "kfac",
         **asdict(Coefficients(alignment=0.0, task=0.0)),
-        **{"kl_budget": 0.02, "fisher_coef": 0.1, "anchor_coef": 0.6, "anchor_every": 2},
+        "kl_budget": 0.02,
+        "fisher_coef": 0.1,
+        "anchor_coef": 0.6,
+        "anchor_every": 2,
     }
     alignment = {"budget": 0.02, "kl": 0.0195, "kl_first_tokens": 0.025, "rows": 128}
     report.metadata["protected"] = {
