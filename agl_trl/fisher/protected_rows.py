@@ -34,7 +34,7 @@ def with_look_alikes(refusals: Sequence[Row], others: Sequence[Row], count: int 
 
 def num_look_alikes(count: int | None) -> int | None:
     """How many of so many rows are look-alikes, where there are enough."""
-    return None if count is None else max(count // 2, 1)
+    return None if count is None else count // 2
 
 
 def reference_answers(

@@ -76,8 +76,8 @@ class AlignGuardConfig:
         fisher_energy (`float`, *optional*, defaults to `0.9`):
             Share of the trace of the Fisher that spans the critical subspaces.
         fisher_path (`str`, *optional*):
-            Folder, file or Hub id with saved Fisher statistics. The run then needs no alignment dataset, and takes type, shrinkage
-            and rank from the file.
+            Folder, file or Hub id with saved Fisher statistics. The run then needs no alignment dataset: it takes type, shrinkage and
+            rank from the file, and reference answers from beside it, where there are any.
         push_fisher (`bool`, *optional*, defaults to `True`):
             Whether the Fisher statistics are pushed to the Hub with the adapter. They say a little about the alignment rows
             (directions and sizes of activations); `False` keeps them, and the reference answers, on this machine.
