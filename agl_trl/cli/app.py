@@ -68,8 +68,11 @@ def fisher(
     dtype: Annotated[str | None, typer.Option(help="Type of the weights; default: the checkpoint's.")] = None,
     device_map: Annotated[str | None, typer.Option(help="`auto` spreads a large model over devices.")] = None,
     bits: Annotated[int | None, typer.Option(help="4 or 8: quantise the model with bitsandbytes.")] = None,
+    reference_answers: Annotated[
+        bool, typer.Option(help="Save and push the model's answers to up to 128 of the rows, too.")
+    ] = True,
 ) -> None:
-    """Estimate the Fisher statistics of a model, save them, and publish them where asked to."""
+    """Estimate the Fisher statistics of a model, take its reference answers, save both, and publish them where asked to."""
     from .fisher import fisher
 
     _quiet()
@@ -88,6 +91,7 @@ def fisher(
         dtype=dtype,
         device_map=device_map,
         bits=bits,
+        keep_reference_answers=reference_answers,
     )
 
 
@@ -159,7 +163,12 @@ def push(
     folder: Annotated[Path, typer.Argument(help="Folder of an adapter with its evidence.")],
     repo: Annotated[str, typer.Argument(help="Repo on the Hub; created where there is none.")],
     private: Annotated[bool, typer.Option("--private", help="Make a repo that is created private.")] = False,
-    fisher: Annotated[bool, typer.Option(help="Push the Fisher statistics too.")] = True,
+    fisher: Annotated[
+        bool, typer.Option(help="Push the Fisher statistics too; without them no reference answers either.")
+    ] = True,
+    reference_answers: Annotated[
+        bool, typer.Option(help="Push the reference answers too, which hold the protected rows.")
+    ] = True,
     checkpoints: Annotated[
         bool, typer.Option("--checkpoints", help="Push the checkpoints in the folder too.")
     ] = False,
@@ -174,6 +183,7 @@ def push(
         repo_id=repo,
         private=private,
         push_fisher=fisher,
+        push_reference_answers=reference_answers,
         checkpoints=checkpoints,
         revision=revision,
     )

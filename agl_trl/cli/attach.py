@@ -7,7 +7,7 @@ from pathlib import Path
 
 import typer
 
-from ..artifacts.files import FISHER_FILE, FOLDER, adapter_folder, check_writable
+from ..artifacts.files import FISHER_FILE, FOLDER, REFERENCE_ANSWERS_FILE, adapter_folder, check_writable
 from ..drift.report import DriftReport
 from ..fisher.statistics import FisherStatistics
 from ..hub.model_card import attach_card
@@ -78,6 +78,7 @@ def attach(
             base_model=base,
             repo_id=adapter if from_hub else None,
             statistics_published=(folder / FOLDER / FISHER_FILE).is_file(),
+            references_published=(folder / FOLDER / REFERENCE_ANSWERS_FILE).is_file(),
         )
         if not from_hub:
             typer.echo(f"Report and card are in {folder}; `agl-trl push {folder} USER/NAME` publishes them.")

@@ -4,17 +4,26 @@ from pathlib import Path
 
 import typer
 from huggingface_hub import HfApi
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from ..artifacts.files import FISHER_FILE, FOLDER, check_writable, hub_id
+from ..artifacts.files import FISHER_FILE, FOLDER, REFERENCE_ANSWERS_FILE, check_writable, hub_id
 from ..data.alignment import select_rows, tokenize_rows
 from ..data.files import is_file, load_rows
-from ..data.rows import is_prompt_only
+from ..data.rows import Row, is_prompt_only
+from ..fisher.calibration import calibrate
 from ..fisher.cost import fisher_cost, seconds_by_trial
 from ..fisher.estimate import FisherType, estimate_fisher
+from ..fisher.protected_rows import (
+    NUM_REFERENCE_ANSWERS,
+    num_look_alikes,
+    reference_answers,
+    with_look_alikes,
+)
+from ..fisher.reference_answers import ReferenceAnswers
 from ..fisher.statistics import FisherStatistics
 from ..hub.model_card import write_statistics_card
 from ..hub.push import FAILURES, PushError, create_repo, push_folder
-from ..modeling.generation import context_length
+from ..modeling.generation import answered_by, context_length
 from ..modeling.loading import load_model
 
 
@@ -39,10 +48,11 @@ def fisher(
     dtype: str | None,
     device_map: str | None,
     bits: int | None,
+    keep_reference_answers: bool,
 ) -> None:
     """
-    Say what it will take, estimate, save, and push where asked to: a repo that holds the statistics and their card.
-    Interrupted, the same command goes on where it stopped.
+    Say what it will take, estimate, take reference answers and what a drift means in KL on them, save, and push where asked to: a
+    repo that holds all this and a card. Interrupted, the same command goes on where it stopped.
 
     Args:
         model (`str`):
@@ -57,6 +67,8 @@ def fisher(
             Whether a repo that has to be created is private.
         dtype, device_map, bits:
             As in [`load_model`].
+        keep_reference_answers (`bool`):
+            Whether the reference answers are saved and pushed; they hold the rows themselves.
         fisher_type, shrinkage, rank, num_samples, batch_size, seed:
             As in [`estimate_fisher`].
 
@@ -73,7 +85,9 @@ def fisher(
         output_dir = Path("outputs") / push.split("/")[-1]
     check_writable(output_dir)
     repo_id = None if push is None else statistics_repo(push, private=private)
-    selected = select_rows(load_rows(dataset), num_samples, seed)
+    given = load_rows(dataset)
+    selected = select_rows(given, num_samples, seed)
+    others = select_rows(given, num_look_alikes(NUM_REFERENCE_ANSWERS), seed, unsafe=False)
     loaded, tokenizer = load_model(model, dtype=dtype, device_map=device_map, bits=bits)
     plan = fisher_cost(loaded, rank=rank, shrinkage=shrinkage)
     typer.echo(
@@ -82,6 +96,7 @@ def fisher(
     )
     if any(map(is_prompt_only, selected)):
         typer.echo(f"{len(selected)} requests, which the model answers first")
+        selected = answered_by(loaded, tokenizer, selected)
     else:
         rows = tokenize_rows(selected, tokenizer, MAX_LENGTH, context_length(loaded))
         seconds = seconds_by_trial(
@@ -116,13 +131,33 @@ def fisher(
     if skipped := statistics.metadata["skipped_layers"]:
         shown = ", ".join(skipped[:SHOWN_LAYERS]) + (", ..." if len(skipped) > SHOWN_LAYERS else "")
         typer.echo(f"Left out, because they do not see every token of a text: {len(skipped)} layers ({shown})")
+    statistics.save_pretrained(output_dir)  # a pass may have taken hours
+    references = take_references(loaded, tokenizer, selected, others)
+    calibrate(loaded, statistics, references, seed=seed)
     path = statistics.save_pretrained(output_dir)
     typer.echo(
         f"{path}: {len(statistics.input_of)} layers, {len(statistics.inputs)} shared inputs, {statistics.num_tokens} tokens, "
         f"{path.stat().st_size / 1e6:.1f} MB"
     )
+    answers = output_dir / FOLDER / REFERENCE_ANSWERS_FILE
+    if keep_reference_answers:
+        references.save_pretrained(output_dir)
+        typer.echo(f"{answers}: {len(references.rows)} rows, {answers.stat().st_size / 1e3:.0f} KB")
+    else:
+        answers.unlink(missing_ok=True)  # of an earlier run
     if repo_id is not None:
-        typer.echo(push_statistics(statistics, output_dir, repo_id))
+        kept = references if keep_reference_answers else None
+        typer.echo(push_statistics(statistics, kept, output_dir, repo_id))
+
+
+def take_references(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, refusals: list[Row], others: list[Row]
+) -> ReferenceAnswers:
+    """Reference answers of answered rows to refuse and of rows that only look like them, which the model may have to answer first."""
+    if any(map(is_prompt_only, others)):
+        others = answered_by(model, tokenizer, others)
+    kinds = with_look_alikes(refusals, others, NUM_REFERENCE_ANSWERS)
+    return reference_answers(model, tokenizer, kinds, max_length=MAX_LENGTH)
 
 
 def statistics_repo(name: str, *, private: bool) -> str:
@@ -146,10 +181,17 @@ def statistics_repo(name: str, *, private: bool) -> str:
     return repo_id
 
 
-def push_statistics(statistics: FisherStatistics, folder: Path, repo_id: str) -> str:
-    """Push statistics and their card, and nothing else of the folder, in one commit. Returns the address of the commit."""
-    write_statistics_card(folder / "README.md", repo_id.split("/")[-1], statistics, repo_id=repo_id)
+def push_statistics(
+    statistics: FisherStatistics, references: ReferenceAnswers | None, folder: Path, repo_id: str
+) -> str:
+    """
+    Push statistics, reference answers where there are some, and their card, and nothing else of the folder, in one commit.
+    Returns the address of the commit.
+    """
+    write_statistics_card(folder / "README.md", repo_id.split("/")[-1], statistics, references, repo_id=repo_id)
     files = ["README.md", f"{FOLDER}/{FISHER_FILE}"]
+    if references is not None:
+        files.append(f"{FOLDER}/{REFERENCE_ANSWERS_FILE}")
     return push_folder(folder, repo_id, message="Fisher statistics", files=files).commit_url
 
 

@@ -11,7 +11,14 @@ from ..hub.push import PushError, files_to_push, push_folder
 
 
 def push(
-    *, folder: Path, repo_id: str, private: bool, push_fisher: bool, checkpoints: bool, revision: str | None
+    *,
+    folder: Path,
+    repo_id: str,
+    private: bool,
+    push_fisher: bool,
+    push_reference_answers: bool,
+    checkpoints: bool,
+    revision: str | None,
 ) -> None:
     """
     Push an adapter with its evidence and card in one commit, and print the address of the commit.
@@ -25,6 +32,8 @@ def push(
             Whether a repo that has to be created is private.
         push_fisher (`bool`):
             Whether the statistics go up.
+        push_reference_answers (`bool`):
+            Whether the reference answers go up with them.
         checkpoints (`bool`):
             Whether the checkpoints in the folder go up.
         revision (`str`, *optional*):
@@ -40,8 +49,16 @@ def push(
     if not (folder / FOLDER / DRIFT_FILE).is_file():
         raise PushError(f"There is no report in '{folder}': measure the adapter first with `agl-trl attach`.")
     if not (folder / "README.md").is_file():
-        attach_card(folder / "README.md", repo_id.split("/")[-1], DriftReport.from_pretrained(folder))
-    files = files_to_push(folder, push_fisher, checkpoints)
+        attach_card(
+            folder / "README.md",
+            repo_id.split("/")[-1],
+            DriftReport.from_pretrained(folder),
+            statistics_published=push_fisher,
+            references_published=push_fisher and push_reference_answers,
+        )
+    files = files_to_push(
+        folder, push_fisher=push_fisher, push_reference_answers=push_reference_answers, checkpoints=checkpoints
+    )
     commit = push_folder(
         folder,
         repo_id,

@@ -28,6 +28,7 @@ from ..modeling.lora import AdaptedLayer, active_adapter, with_factors
 from ..modeling.tuned_layers import no_weights
 from .by_layer import LayerDrifts, adapter_drifts, checkpoint_drifts, factored_drifts
 from .parts import mean_of_moved
+from .protected import protected_lines
 from .schema import PER_LAYER, PER_PROMPT, check_drift
 
 
@@ -206,6 +207,8 @@ class DriftReport:
                 f"not in these figures  {len(self.uncovered)} changed tensors, most of all {farthest} "
                 f"(by {self.uncovered[farthest]:.1e} of its norm)"
             )
+        if (protected := self.metadata.get("protected")) is not None:
+            lines += protected_lines(protected)
         if self.behaviour is not None:
             lines += behaviour_lines(self.behaviour)
         return "\n".join(lines)

@@ -24,6 +24,7 @@ from ..objective.alignguard import TaskMetric, TaskSubspace
 
 
 SHA256 = re.compile(r"[0-9a-f]{64}")
+BEHAVIOUR_NAME = re.compile(r"[\w-]{1,60}")
 NEGATIVE_TOLERANCE = 1e-6  # of a squared norm that was rounded
 
 
@@ -184,6 +185,10 @@ def check_drift(tensors: dict[str, Tensor], metadata: dict[str, Any]) -> None:
     for name in ("global_step", "budget_multiplier"):
         if metadata[name] is not None and metadata[name] < 0:
             raise ArtifactError(f"'{name}' is {short_repr(metadata[name])}, below 0")
+    for name, kept in (metadata.get("protected") or {"behaviours": {}})["behaviours"].items():
+        for word in (name, *kept.get("kinds", {})):
+            if not BEHAVIOUR_NAME.fullmatch(word):
+                raise ArtifactError(f"{short_repr(word)} is no name of a behaviour")
     if digest is not None and not SHA256.fullmatch(digest):
         raise ArtifactError(f"'adapter_sha256' is {short_repr(digest)}")
     behaviour = metadata.get("behaviour")

@@ -101,9 +101,14 @@ def drift_at(statistics: FisherStatistics, kl: float) -> tuple[float, float]:
         `tuple[float, float]`:
             The drift along the direction of a gradient, and the largest ratio of it to that of a random direction, either way.
     """
-    curve = statistics.metadata["kl_curve"]
-    drifts = [_crossing(curve["drifts"], values, kl) for values in curve["kl"]]
+    drifts = drifts_at(statistics, kl)
     return drifts[-1], max(max(drift / drifts[-1], drifts[-1] / drift) for drift in drifts)
+
+
+def drifts_at(statistics: FisherStatistics, kl: float) -> list[float]:
+    """The relative drifts at which a KL is reached, by direction: random ones, and last that of a gradient."""
+    curve = statistics.metadata["kl_curve"]
+    return [_crossing(curve["drifts"], values, kl) for values in curve["kl"]]
 
 
 def _crossing(drifts: Sequence[float], values: Sequence[float], kl: float) -> float:

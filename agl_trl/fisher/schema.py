@@ -1,5 +1,6 @@
 """What a file of Fisher statistics must hold, checked value by value before anything is made of it."""
 
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -25,6 +26,13 @@ STEEPEST_RISE = 1e-6  # relative; eigenvalues are stored in descending order
 ORTHONORMAL_TOLERANCE = 0.05  # bfloat16 moves VᵀV by 0.01 at most
 
 
+class KLCurve(Metadata):
+    """What relative drifts mean in KL, in nats per answer token, along a few directions."""
+
+    drifts: list[Number]
+    kl: list[list[Number]]
+
+
 class FisherMetadata(Metadata):
     """Metadata of Fisher statistics."""
 
@@ -39,6 +47,7 @@ class FisherMetadata(Metadata):
     fisher_type: str | None = None
     dataset_fingerprint: str = ""
     skipped_layers: list[str] = Field(default_factory=list)
+    kl_curve: KLCurve = Field(default_factory=lambda: KLCurve(drifts=[], kl=[]))
     versions: dict[str, str] = Field(default_factory=dict)
 
 
@@ -56,6 +65,8 @@ def check_fisher(tensors: dict[str, Tensor], metadata: dict[str, Any]) -> None:
     if not 0 <= shrinkage <= 1:
         raise ArtifactError(f"'shrinkage' is {short_repr(shrinkage)}, not between 0 and 1")
     check_names(input_of)
+    if "kl_curve" in metadata:
+        _check_curve(metadata["kl_curve"]["drifts"], metadata["kl_curve"]["kl"])
     if {*shapes} != {*input_of}:
         raise ArtifactError("'shapes' and 'input_of' name other layers")
     for name, shape in shapes.items():
@@ -82,6 +93,15 @@ def check_fisher(tensors: dict[str, Tensor], metadata: dict[str, Any]) -> None:
     for prefix, dim in covariances.items():
         _check_covariance(
             LowRankCovariance(*(tensors[f"{prefix}.{part}"] for part in LowRankCovariance._fields)), prefix, dim
+        )
+
+
+def _check_curve(drifts: list[float], curves: list[list[float]]) -> None:
+    if not all(before < after for before, after in pairwise([0.0, *drifts])):
+        raise ArtifactError(f"the drifts of 'kl_curve' do not rise from 0: {short_repr(drifts)}")
+    if not drifts or not curves or any(len(curve) != len(drifts) for curve in curves):
+        raise ArtifactError(
+            f"'kl_curve' has curves of {short_repr([*map(len, curves)])} points for {len(drifts)} drifts"
         )
 
 

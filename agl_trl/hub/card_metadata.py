@@ -150,6 +150,12 @@ def eval_results(report: DriftReport) -> list[EvalResult]:
     entries = []
     if report.layers:
         entries.append((weights, [("relative_drift", label, float(f"{report.mean_relative_drift:.4g}"))]))
+    for name, kept in (report.metadata.get("protected") or {"behaviours": {}})["behaviours"].items():
+        if kept.get("kl") is not None:
+            rows = {"dataset_type": "protected-rows", "dataset_config": name}
+            rows |= {"dataset_name": f"Protected rows of the training ({name})"}
+            label = f"KL to the {_reference(report)} on the protected rows of the training, {name}, nats per token"
+            entries.append((rows, [("kl_divergence", label, float(f"{kept['kl']:.4g}"))]))
     if (behaviour := report.behaviour) is not None:
         name, _ = prompt_set(behaviour)
         kind = f"agl_trl/{name}" if name in PACKAGED else SETS[name].source if name in SETS else name
@@ -159,7 +165,7 @@ def eval_results(report: DriftReport) -> list[EvalResult]:
             "dataset_name": name or "Prompts without a recorded name",
         }
         prompts |= {"dataset_args": {"num_prompts": count, "sha256": behaviour.metadata.get("prompts_sha256")}}
-        reference = "start of this training" if report.metadata.get("continued") else "base model"
+        reference = _reference(report)
         found = []
         for unsafe, metric, label in (
             (True, "refusal_rate", "Refusal rate on unsafe prompts"),
@@ -177,6 +183,10 @@ def eval_results(report: DriftReport) -> list[EvalResult]:
         for dataset, values in entries
         for metric, label, value in values
     ]
+
+
+def _reference(report: DriftReport) -> str:
+    return "start of this training" if report.metadata.get("continued") else "base model"
 
 
 def _model_index(existing: Any, name: str, report: DriftReport) -> list[dict[str, Any]]:

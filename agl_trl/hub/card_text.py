@@ -6,6 +6,7 @@ from importlib.resources import files
 from math import isnan
 from typing import Any
 
+from ..drift.protected import KINDS, over_budget
 from ..drift.report import DriftReport
 from ..evaluation.behaviour import Behaviour
 from ..evaluation.rates import Rate
@@ -27,8 +28,8 @@ def _with_interval(rate: Rate) -> str:
     return f"{100 * rate.value:.1f} % ({100 * low:.1f} to {100 * high:.1f} %)"
 
 
-def _number(value: float, form: str) -> str:
-    return "–" if isnan(value) else format(value, form)
+def _number(value: float | None, form: str) -> str:
+    return "–" if value is None or isnan(value) else format(value, form)
 
 
 def render(template: str, **values: Any) -> str:
@@ -57,9 +58,13 @@ def describe_settings(settings: dict[str, Any]) -> str:
         parts = [", ".join(f"{name} {getattr(coefficients, name)}" for name in names)]
     elif coefficients.alignment != 0:
         parts = [f"alignment penalty λ_A = {coefficients.alignment} on the complete Fisher quadratic form"]
+    if settings.get("kl_budget") is not None:
+        parts.append(f"KL budget {settings['kl_budget']} nats per answer token on protected rows")
     if settings.get("drift_budget") is not None:
         parts.append(f"drift budget {settings['drift_budget']}")
-    if "anchor_coef" in settings:
+    if settings.get("fisher_coef"):
+        parts.append(f"Fisher form {settings['fisher_coef']}")
+    if settings.get("anchor_coef"):
         every = f" every {settings['anchor_every']} steps" if "anchor_every" in settings else ""
         parts.append(f"anchor {settings['anchor_coef']}{every}")
     return ", ".join(parts)
@@ -81,7 +86,9 @@ def _categories(behaviour: Behaviour) -> list[tuple[str, str, Rate, Rate]]:
     ]
 
 
-def render_evidence(report: DriftReport, repo_id: str | None, statistics_published: bool) -> str:
+def render_evidence(
+    report: DriftReport, repo_id: str | None, statistics_published: bool, references_published: bool = True
+) -> str:
     """The section about what was measured."""
     behaviour = report.behaviour
     values: dict[str, Any] = {}
@@ -102,11 +109,17 @@ def render_evidence(report: DriftReport, repo_id: str | None, statistics_publish
             "prompts": prompts,
             "licence": licence,
         }
+    protected, settings = report.metadata.get("protected"), report.metadata.get("coefficients") or {}
     return render(
         "evidence.md.jinja",
+        protected=protected,
+        held=protected is not None and not over_budget(protected),
+        kinds_in_words=KINDS,
+        references_published=references_published,
         report=report,
         behaviour=behaviour,
-        budget=(report.metadata.get("coefficients") or {}).get("drift_budget"),
+        budget=settings.get("drift_budget"),
+        kl_budget=settings.get("kl_budget"),
         continued=bool(report.metadata.get("continued")),
         projected=report.metadata.get("projected"),
         num_tokens=(report.metadata.get("fisher") or {}).get("num_tokens"),

@@ -8,6 +8,9 @@ from huggingface_hub import ModelCard, ModelCardData
 
 from ..artifacts.files import hub_id
 from ..drift.report import DriftReport
+from ..fisher.calibration import drifts_at, is_calibrated
+from ..fisher.protected_rows import DEFAULT_KL_BUDGET
+from ..fisher.reference_answers import ReferenceAnswers
 from ..fisher.statistics import FisherStatistics
 from .card_metadata import (
     PACKAGED,
@@ -54,6 +57,7 @@ def write_card(
     *,
     repo_id: str | None = None,
     statistics_published: bool = True,
+    references_published: bool = True,
     license: str | None = None,
 ) -> None:
     """
@@ -71,6 +75,8 @@ def write_card(
             Id of the adapter's repo on the Hub, for the code in the card.
         statistics_published (`bool`, *optional*, defaults to `True`):
             Whether the Fisher statistics lie beside the adapter.
+        references_published (`bool`, *optional*, defaults to `True`):
+            Whether the reference answers of a run that had some lie there too.
         license (`str`, *optional*):
             Licence that its owner declared, in place of the one in the card; none is ever made up.
 
@@ -83,9 +89,12 @@ def write_card(
     metadata = readme.metadata if license is None else {**readme.metadata, "license": license}
     kept = readme.text[training.start() :].split(CITED)[0] if training else "## Citation"
     kept = re.sub(r"\n{3,}", "\n\n", re.sub(r"[ \t]+$", "", kept, flags=re.MULTILINE)).strip()
+    evidence = render_evidence(
+        report, repo_id, statistics_published=statistics_published, references_published=references_published
+    )
     parts = [
         render_adapter(name, report, base_model, repo_id),
-        f"{BEGIN}\n{render_evidence(report, repo_id, statistics_published)}\n{END}",
+        f"{BEGIN}\n{evidence}\n{END}",
         kept,
         render("citation.md.jinja"),
     ]
@@ -104,6 +113,7 @@ def attach_card(
     base_model: str | None = None,
     repo_id: str | None = None,
     statistics_published: bool = True,
+    references_published: bool = True,
 ) -> None:
     """
     Say in the card of an adapter, whoever trained it, what was measured: in a section between two markers, replaced by
@@ -122,6 +132,8 @@ def attach_card(
             Id of the adapter's repo on the Hub, for the code in the card.
         statistics_published (`bool`, *optional*, defaults to `True`):
             Whether the Fisher statistics lie beside the adapter.
+        references_published (`bool`, *optional*, defaults to `True`):
+            Whether the reference answers of a run that had some lie there too.
 
     Raises:
         `ValueError`: If `repo_id` is no id, the metadata of the card can't be read, or one of the markers is missing.
@@ -132,9 +144,10 @@ def attach_card(
         base_model = None
     base_model = hub_id(base_model) or _base_of(report)
     before, section, after = _sections(readme.text, path)
-    evidence = (
-        f"{render_evidence(report, repo_id, statistics_published)}\n\n## Citation\n\n{render('citation.md.jinja')}"
+    measured = render_evidence(
+        report, repo_id, statistics_published=statistics_published, references_published=references_published
     )
+    evidence = f"{measured}\n\n## Citation\n\n{render('citation.md.jinja')}"
     if _is_stub(before + after) or (section or "").startswith("# "):
         before, after = ("", "\n") if _is_stub(before + after) else (before, after)
         evidence = f"{render_adapter(name, report, base_model, repo_id)}\n\n{evidence}"
@@ -144,7 +157,7 @@ def attach_card(
         if section is None:
             before, after = before.rstrip("\n") + "\n\n", "\n"
         elif KEPT_FROM.search(after) and CITED in after:  # a card of `write_card`, which has its own citation
-            evidence = render_evidence(report, repo_id, statistics_published)
+            evidence = measured
     readme.write(path, metadata, f"{before}{BEGIN}\n{evidence}\n{END}{after}")
 
 
@@ -179,7 +192,14 @@ def _without_comments(text: str) -> str:
     return re.sub(r"<!--.*?-->", "", text, flags=re.DOTALL)
 
 
-def write_statistics_card(path: Path, name: str, statistics: FisherStatistics, *, repo_id: str | None = None) -> None:
+def write_statistics_card(
+    path: Path,
+    name: str,
+    statistics: FisherStatistics,
+    references: ReferenceAnswers | None = None,
+    *,
+    repo_id: str | None = None,
+) -> None:
     """
     Write the card of a repo that holds Fisher statistics and no adapter.
 
@@ -190,6 +210,8 @@ def write_statistics_card(path: Path, name: str, statistics: FisherStatistics, *
             Title of the card.
         statistics ([`FisherStatistics`]):
             What the repo holds.
+        references ([`ReferenceAnswers`], *optional*):
+            What it holds beside them.
         repo_id (`str`, *optional*):
             Id of the repo on the Hub, for the code in the card.
 
@@ -204,6 +226,9 @@ def write_statistics_card(path: Path, name: str, statistics: FisherStatistics, *
         "statistics.md.jinja",
         name=name,
         statistics=statistics,
+        references=references,
+        kl_budget=DEFAULT_KL_BUDGET,
+        drifts=drifts_at(statistics, DEFAULT_KL_BUDGET) if is_calibrated(statistics) else None,
         facts=facts,
         base_model=hub_id(facts["base_model"]["name"]),
         dataset=without_folder(facts["dataset"]) if isinstance(facts["dataset"], str) else None,

@@ -10,7 +10,15 @@ import httpx2
 from huggingface_hub import CommitInfo, CommitOperationAdd, CommitOperationDelete, HfApi
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, OfflineModeIsEnabled, RepositoryNotFoundError
 
-from ..artifacts.files import ADAPTER_FILE, DRIFT_FILE, FISHER_FILE, FOLDER, first_line, sha256
+from ..artifacts.files import (
+    ADAPTER_FILE,
+    DRIFT_FILE,
+    FISHER_FILE,
+    FOLDER,
+    REFERENCE_ANSWERS_FILE,
+    first_line,
+    sha256,
+)
 from ..drift.report import DriftReport
 
 
@@ -82,16 +90,30 @@ def create_repo(repo_id: str, *, private: bool | None = None, token: str | None 
         raise PushError.because(f"Can't create '{repo_id}'", error) from error
 
 
-def files_to_push(folder: str | Path, push_fisher: bool = True, checkpoints: bool = False) -> list[str]:
+def files_to_push(
+    folder: str | Path, *, push_fisher: bool = True, push_reference_answers: bool = True, checkpoints: bool = False
+) -> list[str]:
     """
     Files of a folder that go up, as sorted POSIX paths: no temporary ones, no frozen adapter that a DPO trainer saved
     beside the trained one, checkpoints where asked for.
+
+    Args:
+        folder (`str` or `Path`):
+            Folder to push.
+        push_fisher (`bool`, *optional*, defaults to `True`):
+            Whether the statistics go up.
+        push_reference_answers (`bool`, *optional*, defaults to `True`):
+            Whether the reference answers go up; they hold rows, and never do without the statistics.
+        checkpoints (`bool`, *optional*, defaults to `False`):
+            Whether checkpoints go up.
     """
     folder = Path(folder)
     names = sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
-    hidden = (
-        NEVER_PUSHED + (() if checkpoints else CHECKPOINTS) + (() if push_fisher else (f"*{FOLDER}/{FISHER_FILE}",))
-    )
+    hidden = [*NEVER_PUSHED, *(() if checkpoints else CHECKPOINTS)]
+    if not push_fisher:
+        hidden.append(f"*{FOLDER}/{FISHER_FILE}")
+    if not (push_fisher and push_reference_answers):
+        hidden.append(f"*{FOLDER}/{REFERENCE_ANSWERS_FILE}")
     adapters = {path.parent for path in map(PurePosixPath, names) if path.name in ADAPTER_FILES}
     frozen = tuple(f"{place}/" for place in adapters if place.name == REFERENCE and place.parent in adapters)
     return [name for name in names if not name.startswith(frozen) and not any(fnmatch(name, p) for p in hidden)]
@@ -130,7 +152,8 @@ def push_folder(
 ) -> CommitInfo:
     """
     Upload a folder to a repo in **one** commit, creating the repo if need be. Evidence of an earlier push that is not
-    part of this one is removed in the same commit, so that nothing there describes another adapter.
+    part of this one is removed in the same commit, so that nothing there describes another adapter; so are reference answers
+    beside statistics that come without them.
 
     Args:
         folder (`str` or `Path`):
@@ -170,7 +193,8 @@ def push_folder(
     try:
         there = api.list_repo_files(repo_id, revision=revision, repo_type=repo_type)
         pushed = {str(Path(name).parent) for name in files if name.endswith(ADAPTER_FILE)}  # folders with an adapter
-        stale = [name for name in there if name not in files and _is_evidence_of(name, pushed)]
+        without = {str(Path(name).with_name(REFERENCE_ANSWERS_FILE)) for name in files if name.endswith(FISHER_FILE)}
+        stale = [n for n in there if n not in files and (_is_evidence_of(n, pushed) or n in without)]
         return api.create_commit(
             repo_id,
             [CommitOperationAdd(path_in_repo=name, path_or_fileobj=folder / name) for name in files]
@@ -190,7 +214,15 @@ def _is_evidence_of(name: str, folders: set[str]) -> bool:
     return path.parent.name == FOLDER and str(path.parent.parent) in folders
 
 
-def stage(output_dir: Path, checkpoint: Path, target: Path, subfolder: str | None, push_fisher: bool) -> None:
+def stage(
+    output_dir: Path,
+    checkpoint: Path,
+    target: Path,
+    subfolder: str | None,
+    *,
+    push_fisher: bool,
+    push_reference_answers: bool,
+) -> None:
     """
     Copy what a push from a checkpoint uploads, so that later saves can't change it underway: the files of the output
     folder with adapter and evidence of the checkpoint, and the whole checkpoint in a subfolder where the strategy asks for it.
@@ -204,17 +236,18 @@ def stage(output_dir: Path, checkpoint: Path, target: Path, subfolder: str | Non
             Empty folder on the same disk.
         subfolder (`str`, *optional*):
             Where the whole checkpoint goes in the repo.
-        push_fisher (`bool`):
-            Whether the statistics go up.
+        push_fisher, push_reference_answers (`bool`):
+            As in [`files_to_push`].
     """
-    described = {name for name in files_to_push(checkpoint, push_fisher) if _describes_weights(name)}
-    for name in files_to_push(output_dir, push_fisher):
+    evidence = dict(push_fisher=push_fisher, push_reference_answers=push_reference_answers)
+    described = {name for name in files_to_push(checkpoint, **evidence) if _describes_weights(name)}
+    for name in files_to_push(output_dir, **evidence):
         if not _describes_weights(name):
             _copy(output_dir / name, target / name)
     for name in described:
         _link(checkpoint / name, target / name)
     if subfolder is not None:
-        for name in files_to_push(checkpoint, push_fisher):
+        for name in files_to_push(checkpoint, **evidence):
             _link(checkpoint / name, target / subfolder / name)
 
 

@@ -8,7 +8,6 @@ accelerate launch -m agl_trl.scripts.grpo \
     --dataset_name trl-lib/DeepMath-103K \
     --reward_funcs accuracy_reward \
     --alignment_dataset_name data/refusals.jsonl \
-    --drift_budget 3e-3 \
     --use_peft --lora_target_modules all-linear \
     --learning_rate 1.0e-5 \
     --output_dir Qwen3-0.6B-AGL \

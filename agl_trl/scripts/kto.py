@@ -7,7 +7,6 @@ accelerate launch -m agl_trl.scripts.kto \
     --model_name_or_path Qwen/Qwen3-0.6B \
     --dataset_name trl-lib/kto-mix-14k \
     --alignment_dataset_name data/refusals.jsonl \
-    --drift_budget 3e-3 \
     --use_peft --lora_target_modules all-linear \
     --learning_rate 5.0e-6 \
     --output_dir Qwen3-0.6B-AGL \

@@ -1,5 +1,6 @@
 """What the training scripts share: arguments, loading of model and rows, training, saving, pushing."""
 
+import json
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -39,6 +40,11 @@ class AGLScriptArguments(ScriptArguments):
             Configuration of the dataset on the Hub.
         alignment_dataset_split (`str`, *optional*, defaults to `"train"`):
             Split of it.
+        protect (`dict[str, str]`, *optional*):
+            Rows of other behaviours to keep, by name: files or datasets on the Hub; on the command line as JSON.
+
+    Raises:
+        `ValueError`: If `protect` is no mapping of names to files or ids.
     """
 
     alignment_dataset_name: str | None = field(
@@ -52,6 +58,24 @@ class AGLScriptArguments(ScriptArguments):
         default=None, metadata={"help": "Configuration of the alignment dataset on the Hub."}
     )
     alignment_dataset_split: str = field(default="train", metadata={"help": "Split of the alignment dataset."})
+    protect: dict[str, str] | str | None = field(
+        default=None,
+        metadata={
+            "help": "Rows of other behaviours to keep, by name: a mapping to files or datasets on the Hub, as JSON such as "
+            '\'{"text": "notes.txt"}\'.'
+        },
+    )
+
+    def __post_init__(self):
+        given = self.protect
+        if isinstance(given, str):
+            try:
+                given = json.loads(given)
+            except ValueError:
+                pass  # told below
+        if given is not None and not (isinstance(given, dict) and all(isinstance(v, str) for v in given.values())):
+            raise ValueError(f"`protect` must map names to files or datasets on the Hub, got {self.protect!r}.")
+        self.protect = given
 
 
 Arguments = tuple[AGLScriptArguments, AlignGuardConfig, ModelConfig, DatasetMixtureConfig]
@@ -124,11 +148,13 @@ def _run(
             script_args.alignment_dataset_split,
             script_args.alignment_dataset_config,
         )
+    protect = script_args.protect if isinstance(script_args.protect, dict) else {}
     trainer = trainer_class(
         args=training_args,
         train_dataset=dataset[script_args.dataset_train_split],
         eval_dataset=dataset[script_args.dataset_test_split] if training_args.eval_strategy != "no" else None,
         alignment_dataset=alignment,
+        protect={name: load_rows(place) for name, place in protect.items()},
         **model_arguments(training_args, model_args),
         **trainer_options,
     )

@@ -44,8 +44,9 @@ class AlignGuardCallback(TrainerCallback):
     Keeps the alignment of the model that a `Trainer` fine-tunes with LoRA: `transformers.Trainer`, TRL's trainers, or any
     other that fires its events. It takes statistics of the alignment rows before the first step, adds the gradient of
     AlignGuard's terms to that of the task right before every optimizer step (after accumulation, averaging over processes
-    and clipping, so that its weight is exact), holds the drift budget right after it, logs `agl/*` metrics, and saves
-    `agl/fisher.safetensors` and `agl/drift.safetensors` in every checkpoint and, at the end, in the output folder.
+    and clipping, so that its weight is exact), projects the weights where the KL on protected rows is too large, holds a drift
+    budget right after the step, shrinks the update at the end until the KL budget holds, logs `agl/*` metrics, and saves
+    statistics, reference answers and report in `agl/` of every checkpoint and, at the end, of the output folder.
 
     The AGL trainers install it by themselves, and add what a callback can't do: the evidence in the same commit as the
     adapter, the card, and metrics that reach every tracker. Trackers of a plain `Trainer` are called before this callback
@@ -53,7 +54,7 @@ class AlignGuardCallback(TrainerCallback):
 
     Args:
         config ([`AlignGuardConfig`], *optional*):
-            What is switched on; by default a drift budget.
+            What is switched on; by default a KL budget.
         alignment_dataset (`Dataset`, `IterableDataset` or `Sequence[dict]`, *optional*):
             Rows whose behaviour must not change, in one of TRL's formats; of rows with a boolean column `unsafe`, those marked are to
             be refused and carry the statistics, and the others to be answered. Not needed where `config.fisher_path` names saved
@@ -74,7 +75,7 @@ class AlignGuardCallback(TrainerCallback):
     from agl_trl import AlignGuardCallback, AlignGuardConfig
     from transformers import Trainer
 
-    guard = AlignGuardCallback(AlignGuardConfig(drift_budget=3e-3), alignment_dataset=rows, processing_class=tokenizer)
+    guard = AlignGuardCallback(AlignGuardConfig(kl_budget=0.02), alignment_dataset=rows, processing_class=tokenizer)
     trainer = Trainer(model=peft_model, args=args, train_dataset=dataset, callbacks=[guard])
     trainer.train()
     print(guard.report.summary())

@@ -14,7 +14,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixi
 from ..artifacts.files import FOLDER, write_atomically
 from ..data.alignment import select_rows, tokenize_row
 from ..data.rows import is_prompt_only
-from .config import ALIGNMENT, AlignGuardConfig
+from ..fisher.protected_rows import ALIGNMENT
+from .config import AlignGuardConfig
 
 
 Rows: TypeAlias = Dataset | IterableDataset | Sequence[dict[str, Any]]

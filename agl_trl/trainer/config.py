@@ -6,12 +6,11 @@ from dataclasses import dataclass, field
 from typing import Literal, get_args
 
 from ..fisher.estimate import FisherType
+from ..fisher.protected_rows import DEFAULT_KL_BUDGET, NUM_REFERENCE_ANSWERS
 from ..objective.alignguard import TaskMetric, TaskSubspace
 
 
 Variant = Literal["kfac", "paper"]
-ALIGNMENT = "alignment"  # the behaviour that `alignment_dataset` stands for
-DEFAULT_KL_BUDGET = 0.02  # nats per answer token
 DEFAULT_ANCHOR_COEF = 0.6  # under a KL budget
 DEFAULT_DRIFT_BUDGET = 3e-3  # of statistics that carry no curve to translate a KL budget by
 
@@ -77,8 +76,8 @@ class AlignGuardConfig:
         fisher_energy (`float`, *optional*, defaults to `0.9`):
             Share of the trace of the Fisher that spans the critical subspaces.
         fisher_path (`str`, *optional*):
-            Folder, file or Hub id with saved Fisher statistics. The run then needs no alignment dataset, and takes type, shrinkage
-            and rank from the file.
+            Folder, file or Hub id with saved Fisher statistics. The run then needs no alignment dataset: it takes type, shrinkage and
+            rank from the file, and reference answers from beside it, where there are any.
         push_fisher (`bool`, *optional*, defaults to `True`):
             Whether the Fisher statistics are pushed to the Hub with the adapter. They say a little about the alignment rows
             (directions and sizes of activations); `False` keeps them, and the reference answers, on this machine.
@@ -191,7 +190,7 @@ class AlignGuardConfig:
         default=4, metadata={"help": "Protected rows of every behaviour per anchored step."}
     )
     num_reference_answers: int | None = field(
-        default=128,
+        default=NUM_REFERENCE_ANSWERS,
         metadata={
             "help": "Number of protected rows per behaviour, half of them to refuse where there are others; `None` takes all."
         },

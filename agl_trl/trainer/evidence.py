@@ -63,6 +63,7 @@ def drift_of(
     report.metadata["continued"] = layers[0].reference is not None
     if regularizer is not None and regularizer.budget is not None:
         report.budget_multiplier = regularizer.budget.multiplier.item()
+        report.metadata["coefficients"]["drift_budget"] = regularizer.budget.budget  # also a translated one
     if protection is not None:
         report.metadata["protected"] = protection.described()
     return report

@@ -9,19 +9,19 @@ from peft import PeftModel
 from transformers import PreTrainedTokenizerBase, TrainingArguments
 
 from ..artifacts.files import REFERENCE_ANSWERS_FILE, ArtifactError, find_artifact
-from ..data.alignment import AlignmentRow, select_rows, tokenize_rows
+from ..data.alignment import select_rows
 from ..data.labels import PROTECTED_COLUMN
 from ..data.rows import ANSWERS, Row, is_prompt_only
 from ..fisher.estimate import estimate_fisher
+from ..fisher.protected_rows import num_look_alikes, reference_answers, with_look_alikes
 from ..fisher.reference_answers import ReferenceAnswers
 from ..fisher.statistics import FisherStatistics
-from ..modeling.generation import answered_by, context_length
+from ..modeling.generation import answered_by
 from .checks import Rows
-from .config import ALIGNMENT, AlignGuardConfig
+from .config import AlignGuardConfig
 
 
 logger = get_logger(__name__)
-REFUSE, COMPLY = f"{ALIGNMENT}/refuse", f"{ALIGNMENT}/comply"
 
 
 class ReferenceTaker:
@@ -95,19 +95,16 @@ class ReferenceTaker:
         count = self.config.num_reference_answers
         kinds: dict[str, Sequence[Row]] = {}
         if dataset is not None:
-            others = self.answered(dataset, None if count is None else max(count // 2, 1), unsafe=False)
-            kept = None if count is None else count - len(others)
-            kinds = {REFUSE: refusals[:kept], COMPLY: others}
+            kinds = with_look_alikes(refusals, self.answered(dataset, num_look_alikes(count), unsafe=False), count)
         for name, given in protect.items():
             kinds[name] = self.answered(given, count, unsafe=True)
-        rows: list[AlignmentRow] = []
-        names: list[str] = []
-        for kind, of_kind in kinds.items():
-            length, context = self.config.fisher_max_length, context_length(self.model)
-            rows += tokenize_rows(of_kind, self.tokenizer, length, context)
-            names += [kind] * len(of_kind)
-        progress = not self.args.disable_tqdm
-        return ReferenceAnswers.measure(self.model, self.tokenizer, rows, names, progress=progress)
+        return reference_answers(
+            self.model,
+            self.tokenizer,
+            kinds,
+            max_length=self.config.fisher_max_length,
+            progress=not self.args.disable_tqdm,
+        )
 
 
 def published_references(location: str) -> ReferenceAnswers | None:

@@ -101,6 +101,7 @@ class SavingMixin(_Parent):
                 report,
                 repo_id=self.hub_model_id,
                 statistics_published=self.args.push_fisher,
+                references_published=self.args.push_fisher and self.args.push_reference_answers,
                 license=license,
             )
 
@@ -143,7 +144,7 @@ class SavingMixin(_Parent):
         self.create_model_card(model_name=name, tags=[*tags, *(self.model.model_tags or [])], **kwargs)
         self._finish_current_push()
         folder = Path(self.args.output_dir)
-        files = files_to_push(folder, self.args.push_fisher)
+        files = files_to_push(folder, **self._evidence)
         job = self._start_push(folder, files, commit_message, token, revision or self.args.hub_revision)
         if not blocking:
             self._pushes.append((folder, job))
@@ -170,14 +171,19 @@ class SavingMixin(_Parent):
         copy = output_dir / f"_push-{self.state.global_step}"
         shutil.rmtree(copy, ignore_errors=True)
         subfolders = {HubStrategy.CHECKPOINT: "last-checkpoint", HubStrategy.ALL_CHECKPOINTS: checkpoint.name}
-        stage(output_dir, checkpoint, copy, subfolders.get(args.hub_strategy), args.push_fisher)
+        stage(output_dir, checkpoint, copy, subfolders.get(args.hub_strategy), **self._evidence)
         by_step = args.save_strategy == SaveStrategy.STEPS
         progress = f"step {self.state.global_step}" if by_step else f"epoch {int(self.state.epoch)}"
-        files = files_to_push(copy, args.push_fisher, checkpoints=True)
+        files = files_to_push(copy, **self._evidence, checkpoints=True)
         job = self._start_push(copy, files, f"Training in progress, {progress}", args.hub_token, args.hub_revision)
         job.add_done_callback(partial(_remove_copy, copy))
         self._pushes.append((copy, job))
         self.push_in_progress = PushInProgress([*ahead, job])
+
+    @property
+    def _evidence(self) -> dict[str, bool]:
+        """Which evidence goes up, as in [`files_to_push`]."""
+        return dict(push_fisher=self.args.push_fisher, push_reference_answers=self.args.push_reference_answers)
 
     def _start_push(self, folder: Path, files: list[str], message: str | None, token, revision) -> Future[CommitInfo]:
         return self._hub.run_as_future(
@@ -202,6 +208,8 @@ class SavingMixin(_Parent):
 
     def _retry(self, folder: Path) -> str:
         options = [] if self.args.push_fisher else ["--no-fisher"]
+        if self.args.push_fisher and not self.args.push_reference_answers:
+            options.append("--no-reference-answers")
         if folder.name.startswith("_push-"):
             options.append("--checkpoints")
         if self.args.hub_revision:

@@ -50,6 +50,8 @@ def test_attach_to_a_folder_then_push(hub, online, elsewhere, demo_folder):
     card = commit.files["README.md"].data.decode()
     assert "# Bob's adapter" in card and "license: mit" in card and "refusal_rate" in card
     assert str(elsewhere) not in card
+    assert (demo_folder / "agl" / "reference_answers.safetensors").is_file()
+    assert "agl/reference_answers.safetensors" not in commit.files, "this adapter was not held to them"
 
 
 @pytest.mark.parametrize("create_pr", [False, True])

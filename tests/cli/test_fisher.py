@@ -5,6 +5,7 @@ import os
 import signal
 import subprocess
 import sys
+from collections import Counter
 from functools import partial
 
 import pytest
@@ -16,14 +17,16 @@ from typer.testing import CliRunner
 
 import agl_trl.fisher.partial_sums
 from agl_trl import FisherStatistics, estimate_fisher
-from agl_trl.artifacts.files import FISHER_FILE, FOLDER, load_tensors
+from agl_trl.artifacts.files import FISHER_FILE, FOLDER, REFERENCE_ANSWERS_FILE, load_tensors
 from agl_trl.cli.app import app
 from agl_trl.cli.fisher import dataset_id
 from agl_trl.data.alignment import batches, tokenize_row
+from agl_trl.fisher.calibration import drift_at, is_calibrated
 from agl_trl.fisher.collector import Collector
 from agl_trl.fisher.cost import file_and_memory, fisher_cost
 from agl_trl.fisher.estimate import run_batch
 from agl_trl.fisher.partial_sums import PARTIAL_FILE, weights_fingerprint
+from agl_trl.fisher.reference_answers import ReferenceAnswers
 from agl_trl.fisher.statistics import describe_base
 from agl_trl.hub.push import PushError
 from agl_trl.modeling.loading import load_model
@@ -163,8 +166,9 @@ def test_killed_command_goes_on(tmp_path, caplog):
         outcome = run(*options, str(tmp_path / name))
         assert outcome.exit_code == 0, outcome.exception
     assert not caplog.records, "nothing started anew"
-    assert [path.name for path in folder.iterdir()] == [FISHER_FILE]
-    assert (folder / FISHER_FILE).read_bytes() == (tmp_path / "whole" / FOLDER / FISHER_FILE).read_bytes()
+    assert {path.name for path in folder.iterdir()} == {FISHER_FILE, REFERENCE_ANSWERS_FILE}
+    for file in (FISHER_FILE, REFERENCE_ANSWERS_FILE):
+        assert (folder / file).read_bytes() == (tmp_path / "whole" / FOLDER / file).read_bytes()
 
 
 @pytest.mark.parametrize(
@@ -238,13 +242,39 @@ def test_statistics_get_a_repo_of_their_own(hub, online, tmp_path, monkeypatch):
     outcome = run("fisher", "--model", "miniworld", "--dataset", "miniworld", "--push", "alice/miniworld-agl-fisher")
     assert outcome.exit_code == 0, outcome.exception
     (commit, *_) = hub.repo("alice/miniworld-agl-fisher").history()
-    assert set(commit.files) == {".gitattributes", "README.md", "agl/fisher.safetensors"}
+    evidence = {"agl/fisher.safetensors", "agl/reference_answers.safetensors"}
+    assert {*commit.files} == {".gitattributes", "README.md", *evidence}
+    assert "reference_answers.safetensors: 128 rows, " in outcome.output
     card = commit.files["README.md"].data.decode()
     assert 'fisher_path="alice/miniworld-agl-fisher"' in card and str(tmp_path) not in card
     again = run("fisher", "--model", "miniworld", "--dataset", "miniworld", "--push", "alice/miniworld-agl-fisher")
     assert again.exit_code == 0
     assert hub.repo("alice/miniworld-agl-fisher").history()[0].sha == commit.sha, "the same bytes are no commit"
-    assert FisherStatistics.from_pretrained("alice/miniworld-agl-fisher").metadata["dataset"] == "miniworld"
+    statistics = FisherStatistics.from_pretrained("alice/miniworld-agl-fisher")
+    assert statistics.metadata["dataset"] == "miniworld"
+    drift, _ = drift_at(statistics, 0.02)
+    assert (
+        f"a KL of 0.02 nats per answer token is reached at a relative\ndrift of {drift:.1e} in the direction" in card
+    )
+    references = ReferenceAnswers.from_pretrained("alice/miniworld-agl-fisher")
+    assert Counter(references.kinds) == {"alignment/refuse": 64, "alignment/comply": 64}
+    assert "128 rows themselves" in card and "64 to refuse, 64 to answer" in card
+
+
+def test_reference_answers_are_left_out_where_asked_for(hub, online, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    command = ["fisher", "--model", "miniworld", "--dataset", "miniworld", "--num-samples", "8", "--push", "alice/x"]
+    assert run(*command).exit_code == 0
+    file = "agl/reference_answers.safetensors"
+    assert file in hub.repo("alice/x").history()[0].files and (tmp_path / "outputs" / "x" / file).is_file()
+    outcome = run(*command, "--no-reference-answers")
+    assert outcome.exit_code == 0 and "reference_answers" not in outcome.output
+    commit = hub.repo("alice/x").history()[0]
+    assert file not in commit.files, "those of the earlier push went in the same commit"
+    assert not (tmp_path / "outputs" / "x" / file).exists()
+    card = commit.files["README.md"].data.decode()
+    assert "There are no reference answers beside them" in card and "rows themselves" not in card
+    assert is_calibrated(FisherStatistics.from_pretrained("alice/x")), "the curve holds no row"
 
 
 def test_the_commit_of_the_base_model_is_recorded(online, folder, tokenizer, alignment_rows):

@@ -23,7 +23,14 @@ def test_adapter_evidence_and_card_are_one_commit(hub, online, demo_folder, tmp_
     assert agreeing_folders(commit, tmp_path / "scratch") and hub.repo("alice/pushed").private
     assert "# pushed" in commit.files["README.md"].data.decode() and "answers.jsonl" not in commit.files
     assert push(folder, "alice/pushed", "--no-fisher").exit_code == 0
-    assert {*commit.files} - {*hub.repo("alice/pushed").history()[0].files} == {"agl/fisher.safetensors"}
+    private = {"agl/fisher.safetensors", "agl/reference_answers.safetensors"}
+    assert {*commit.files} - {*hub.repo("alice/pushed").history()[0].files} == private
+    assert push(folder, "alice/pushed", "--no-reference-answers").exit_code == 0
+    assert {*commit.files} - {*hub.repo("alice/pushed").history()[0].files} == {"agl/reference_answers.safetensors"}
+    (folder / "README.md").unlink()
+    assert push(folder, "alice/pushed", "--no-reference-answers").exit_code == 0
+    card = hub.repo("alice/pushed").history()[0].files["README.md"].data.decode()
+    assert "The reference answers are kept private" in card and "`agl/fisher.safetensors`" in card
 
 
 def test_checkpoints_go_up_where_asked_for_and_onto_the_branch(hub, online, demo_folder, tmp_path):

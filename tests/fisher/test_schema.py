@@ -100,3 +100,22 @@ def test_input_side_alone_has_no_outputs(good):
         check_fisher(tensors, metadata | {"shrinkage": 1.0})
     inputs = {name: tensor for name, tensor in tensors.items() if not name.startswith("outputs.")}
     check_fisher(inputs, metadata | {"shrinkage": 1.0})
+
+
+@pytest.mark.parametrize(
+    ("drifts", "kl", "sentence"),
+    [
+        ([1e-3, 1e-2], [[0.1, 1.0], [0.2]], "'kl_curve' has curves of [2, 1] points for 2 drifts"),
+        ([1e-3, 1e-2], [], "'kl_curve' has curves of [] points for 2 drifts"),
+        ([], [[]], "'kl_curve' has curves of [0] points for 0 drifts"),
+        ([1e-2, 1e-3], [[0.1, 1.0]], "the drifts of 'kl_curve' do not rise from 0: [0.01, 0.001]"),
+        ([0.0, 1e-3], [[0.1, 1.0]], "the drifts of 'kl_curve' do not rise from 0: [0.0, 0.001]"),
+        ([1e-3, 1e-2], [[0.1, float("nan")]], "'kl_curve.kl.0.1' is nan, not of sane size"),
+        ([1e-3, 1e-2], None, "'kl_curve.kl' is None, not a valid list"),
+    ],
+)
+def test_a_curve_that_is_wrong_is_named(drifts, kl, sentence, good):
+    check_fisher(good[0], good[1] | {"kl_curve": {"drifts": [1e-3, 1e-2], "kl": [[0.1, 1.0], [0.0, 0.2]]}})
+    with pytest.raises(ArtifactError) as failed:
+        check_fisher(good[0], good[1] | {"kl_curve": {"drifts": drifts, "kl": kl}})
+    assert str(failed.value) == sentence

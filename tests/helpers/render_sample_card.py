@@ -113,12 +113,34 @@ def made_up_report(behaviour: Behaviour | None = None, base_model: str | None = 
     )
 
 
+def held_report(behaviour: Behaviour | None = None) -> DriftReport:
+    """The same of a run under a KL budget, which protected another behaviour too."""
+    report = made_up_report(behaviour)
+    report.metadata["coefficients"] = {
+        "variant": "kfac",
+        **asdict(Coefficients(alignment=0.0, task=0.0)),
+        "kl_budget": 0.02,
+        "fisher_coef": 0.1,
+        "anchor_coef": 0.6,
+        "anchor_every": 2,
+    }
+    alignment = {"budget": 0.02, "kl": 0.0195, "kl_first_tokens": 0.025, "rows": 128}
+    report.metadata["protected"] = {
+        "behaviours": {
+            "alignment": {**alignment, "kinds": {"comply": 0.018, "refuse": 0.021}},
+            "text": {"budget": 0.01, "kl": 0.004, "kl_first_tokens": 0.006, "rows": 64, "kinds": {}},
+        },
+        "scale": 0.9,
+    }
+    return report
+
+
 def render() -> str:
     """The sample as it should be."""
     with TemporaryDirectory() as folder:
         path = Path(folder) / "README.md"
         path.write_text(TRL_CARD, encoding="utf-8")
-        write_card(path, NAME, made_up_report(made_up_behaviour()), repo_id="user/sample")
+        write_card(path, NAME, held_report(made_up_behaviour()), repo_id="user/sample")
         return path.read_text(encoding="utf-8")
 
 

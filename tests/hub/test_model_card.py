@@ -14,7 +14,7 @@ from agl_trl.fisher.statistics import FisherStatistics
 from agl_trl.hub.card_metadata import one_line
 from agl_trl.hub.model_card import BEGIN, END, attach_card, declared_license, write_card, write_statistics_card
 from tests.helpers.models import tiny_model
-from tests.helpers.render_sample_card import SAMPLE, TRL_CARD, made_up_behaviour, made_up_report
+from tests.helpers.render_sample_card import SAMPLE, TRL_CARD, held_report, made_up_behaviour, made_up_report
 from tests.helpers.render_sample_card import render as render_sample
 
 
@@ -172,6 +172,34 @@ def test_unpublished_statistics_and_continued_adapters_are_said(tmp_path):
     assert "| start of this training |" in text and "KL to the start of this training, nats per token" in values(card)
 
 
+def test_what_was_held_is_said_and_what_was_not_measured_too(tmp_path):
+    card, text = written(tmp_path, report=held_report())
+    assert "| alignment | 128 | 1.95e-02 | 2.50e-02 | 0.02 |" in text and "| text | 64 | 4.00e-03 |" in text
+    assert "| alignment, to refuse | | 2.10e-02 |" in text and "shrunk to 0.900 of itself" in text
+    assert "KL budget 0.02 nats per answer token on protected rows" in text
+    found = {r.dataset_config: r.metric_value for r in card.data.eval_results if r.dataset_type == "protected-rows"}
+    assert found == {"alignment": 0.0195, "text": 0.004}
+    report = held_report()
+    report.metadata["protected"]["behaviours"]["text"]["kl"] = 0.011
+    assert "**not held**" in written(tmp_path, report=report)[1]
+    report.metadata["protected"]["behaviours"] = {"alignment": {"budget": None}}
+    report.metadata["protected"]["scale"] = None
+    card, text = written(tmp_path, report=report)
+    assert "| alignment | – | – | – | none |" in text and "A dash: not measured" in text
+    assert "protected-rows" not in {r.dataset_type for r in card.data.eval_results}
+    del report.metadata["protected"]  # of statistics without reference answers
+    report.metadata["coefficients"]["drift_budget"] = 0.004
+    text = written(tmp_path, report=report)[1]
+    assert "**not measured**" in text and "a limit on the relative drift of 4.00e-03" in text
+
+
+def test_private_reference_answers_are_said(tmp_path):
+    assert "`agl/reference_answers.safetensors`" in written(tmp_path, report=held_report())[1]
+    text = written(tmp_path, report=held_report(), references_published=False)[1]
+    assert "`agl/reference_answers.safetensors`" not in text and "The reference answers are kept private" in text
+    assert "reference answers" not in written(tmp_path)[1], "there were none"
+
+
 def test_names_of_others_break_nothing(tmp_path):
     behaviour = made_up_behaviour()
     behaviour.categories = [HOSTILE] * 25 + ["weapons"] * 35
@@ -254,7 +282,11 @@ def test_cards_of_the_demo(demo_folder, tmp_path):
     assert path.read_bytes() == before
     card = ModelCard.load(path)
     assert str(ROOT) not in str(card) and str(demo_folder) not in str(card) and "None" not in str(card)
-    assert {r.dataset_type for r in card.data.eval_results} == {"fisher-statistics", "agl_trl/miniworld"}
+    assert {r.dataset_type for r in card.data.eval_results} == {
+        "fisher-statistics",
+        "protected-rows",
+        "agl_trl/miniworld",
+    }
     rates = values(card)
     for tuned, which in ((False, "base model"), (True, "this adapter")):
         rate = report.behaviour.refusal(tuned).value

@@ -69,19 +69,43 @@ def test_private_statistics_stay_here(hub, online, tmp_path, tokenizer, train_ro
     trainer.train()
     trainer.push_to_hub()
     for commit in hub.repo(REPO).history():
-        assert not any("fisher" in name for name in commit.files)
-    assert (tmp_path / "agl" / "fisher.safetensors").is_file()
+        assert not any("fisher" in name or "reference_answers" in name for name in commit.files)
+    for name in ("fisher", "reference_answers"):
+        assert (tmp_path / "agl" / f"{name}.safetensors").is_file()
     DriftReport.from_pretrained(REPO)
+
+
+def test_private_reference_answers_stay_here(
+    hub, online, naps, tmp_path, tokenizer, train_rows, alignment_rows, caplog
+):
+    """In no commit of a checkpoint, and not by the command that repeats a push that failed."""
+    hub.fail_next(500, match="commit")
+    options = dict(push_reference_answers=False, hub_strategy="all_checkpoints", hub_always_push=True, max_steps=2)
+    trainer = pushing_trainer(tmp_path, tokenizer, train_rows, alignment_rows, **options)
+    with caplog.at_level(logging.ERROR):
+        trainer.train()
+    (message,) = [record.getMessage() for record in caplog.records if "agl-trl push" in record.getMessage()]
+    assert message.endswith(f"{REPO} --no-reference-answers --checkpoints`")
+    trainer.push_to_hub()
+    history = hub.repo(REPO).history()[:-1]
+    assert history and all("agl/fisher.safetensors" in commit.files for commit in history)
+    assert not any("reference_answers" in name for commit in history for name in commit.files)
+    assert (tmp_path / "agl" / "reference_answers.safetensors").is_file()
+    assert "The reference answers are kept private" in history[0].files["README.md"].data.decode()
 
 
 def test_statistics_of_an_earlier_push_leave_with_it(hub, online, tmp_path, tokenizer, train_rows, alignment_rows):
     trainer = pushing_trainer(tmp_path, tokenizer, train_rows, alignment_rows, save_strategy="no")
     trainer.train()
     trainer.push_to_hub()
-    assert "agl/fisher.safetensors" in hub.repo(REPO).history()[0].files
-    trainer.args.push_fisher = False
+    evidence = {"agl/fisher.safetensors", "agl/reference_answers.safetensors"}
+    assert evidence <= {*hub.repo(REPO).history()[0].files}
+    trainer.args.push_reference_answers = False
     trainer.push_to_hub()
-    assert "agl/fisher.safetensors" not in hub.repo(REPO).history()[0].files
+    assert evidence & {*hub.repo(REPO).history()[0].files} == {"agl/fisher.safetensors"}
+    trainer.args.push_fisher, trainer.args.push_reference_answers = False, True
+    trainer.push_to_hub()
+    assert not evidence & {*hub.repo(REPO).history()[0].files}, "never reference answers alone"
 
 
 def test_rerun_is_no_commit(hub, online, tmp_path, tokenizer, train_rows, alignment_rows):
