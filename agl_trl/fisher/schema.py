@@ -22,7 +22,16 @@ from ..objective.covariance import LowRankCovariance
 
 
 STEEPEST_RISE = 1e-6  # relative; eigenvalues are stored in descending order
+LEAST_DRIFT, LARGEST_DRIFT, LARGEST_KL = 1e-12, 1e6, 1e6  # of a curve
+NEGATIVE_TOLERANCE = 1e-3  # of a KL, in nats: rounding
 ORTHONORMAL_TOLERANCE = 0.05  # bfloat16 moves VᵀV by 0.01 at most
+
+
+class KLCurve(Metadata):
+    """KL against relative drift, along several directions."""
+
+    drifts: list[Number]
+    kl: list[list[Number]]
 
 
 class FisherMetadata(Metadata):
@@ -40,6 +49,7 @@ class FisherMetadata(Metadata):
     dataset_fingerprint: str = ""
     skipped_layers: list[str] = Field(default_factory=list)
     versions: dict[str, str] = Field(default_factory=dict)
+    kl_curve: KLCurve | None = None
 
 
 def check_fisher(tensors: dict[str, Tensor], metadata: dict[str, Any]) -> None:
@@ -64,6 +74,8 @@ def check_fisher(tensors: dict[str, Tensor], metadata: dict[str, Any]) -> None:
         first = input_of[name]
         if input_of.get(first) != first or shapes[first][1:] != shape[1:]:
             raise ArtifactError(f"layer '{name}' can't share the input of {short_repr(first)}")
+    if (curve := metadata.get("kl_curve")) is not None:
+        _check_curve(curve["drifts"], curve["kl"])
     covariances = {f"inputs.{name}": shapes[name][1] for name in input_of.values()}
     if shrinkage < 1:
         covariances |= {f"outputs.{name}": shape[0] for name, shape in shapes.items()}
@@ -100,3 +112,12 @@ def _check_covariance(covariance: LowRankCovariance, name: str, dim: int) -> Non
     V = covariance.eigenvectors.float()
     if not ((V.mT @ V - torch.eye(k)).abs() <= ORTHONORMAL_TOLERANCE).all():
         raise ArtifactError(f"the eigenvectors of '{name}' are not orthonormal")
+
+
+def _check_curve(drifts: list[float], curves: list[list[float]]) -> None:
+    if len(drifts) < 2 or not LEAST_DRIFT <= drifts[0] < drifts[-1] <= LARGEST_DRIFT or sorted({*drifts}) != drifts:
+        raise ArtifactError("the drifts of 'kl_curve' do not rise from above 0")
+    if not curves or any(len(kl) != len(drifts) for kl in curves):
+        raise ArtifactError(f"'kl_curve' has no KL for each of its {len(drifts)} drifts")
+    if not all(-NEGATIVE_TOLERANCE <= value <= LARGEST_KL for kl in curves for value in kl):
+        raise ArtifactError("a KL of 'kl_curve' is below 0, or huge")
