@@ -106,6 +106,18 @@ class ReferenceAnswers:
         """Numbers of the rows of a behaviour, or of one of its kinds."""
         return [i for i, own in enumerate(self.kinds) if own == kind or own.split("/")[0] == kind]
 
+    def joined(self, other: Self) -> Self:
+        """These answers and others of the same model, which stand in the place of behaviours of their name."""
+        kept = [i for i, kind in enumerate(self.kinds) if kind.split("/")[0] not in other.behaviours]
+        k = min(part.shape[1] for part in (*self.tokens, *other.tokens))
+        return type(self)(
+            [*(self.rows[i] for i in kept), *other.rows],
+            [*(self.kinds[i] for i in kept), *other.kinds],
+            [part[:, :k] for part in (*(self.tokens[i] for i in kept), *other.tokens)],
+            [part[:, :k] for part in (*(self.log_probs[i] for i in kept), *other.log_probs)],
+            self.metadata,
+        )
+
     def kl(self, model: PreTrainedModel | PeftModel, indices: Sequence[int] | None = None) -> Tensor:
         """
         KL of the model as it is now to the reference on some rows, in one batch, with a graph where gradients are on.

@@ -9,13 +9,7 @@ from agl_trl.data.alignment import AlignmentRow, tokenize_rows
 from agl_trl.fisher.reference_answers import TOP_K, ReferenceAnswers
 from agl_trl.modeling.lora import adapted_layers, at_reference
 from tests.helpers.models import chat_rows, moved_by, tiny_model
-
-
-def telling_model(seed: int = 0):
-    """A tiny model that prefers some tokens: its head is not as flat as that of a fresh one."""
-    model = tiny_model(seed=seed)
-    model.get_output_embeddings().weight.data.mul_(20)
-    return model.eval()
+from tests.helpers.training import telling_model
 
 
 def rows_of(tokenizer, count: int = 5) -> list[AlignmentRow]:
