@@ -65,7 +65,7 @@ def held_run(output_dir: Path, tokenizer: PreTrainedTokenizerFast, world: int) -
     from agl_trl.modeling.sharding import whole
     from tests.helpers.penalty_weight import trainer_of
 
-    options = dict(optim="sgd", learning_rate=1.0, max_steps=6, kl_budget=0.02, anchor_every=2)
+    options = dict(optim="sgd", learning_rate=0.05, max_steps=6, kl_budget=0.02, anchor_every=2)
     trainer, _ = trainer_of("sft", output_dir, tokenizer, world=world, **options)
     with torch.no_grad():
         trainer.model.get_output_embeddings().weight.mul_(20)  # of a fresh model they are flat, and KL next to nothing

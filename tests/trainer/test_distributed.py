@@ -86,9 +86,9 @@ def test_kl_budget_is_held_in_two_processes_as_in_one(two, held_alone):
     assert first["told"]["behaviours"]["alignment"]["kl"] == pytest.approx(first["kl"], rel=1e-5)
     alone, adapter = held_alone
     assert len(first["steps"]) == 3 and first["steps"][-1] > 0
-    assert first["steps"] == pytest.approx(alone["steps"], rel=1e-3, abs=1e-6)
+    assert first["steps"] == pytest.approx(alone["steps"], rel=1e-4, abs=1e-6)
     assert first["told"]["scale"] == pytest.approx(alone["told"]["scale"], rel=1e-4)
-    assert first["kl"] == pytest.approx(alone["kl"], rel=1e-3)
+    assert first["kl"] == pytest.approx(alone["kl"], rel=1e-4)
     for name, value in load_file(folder / "held" / "adapter_model.safetensors").items():
         assert (value - adapter[name]).norm() <= 1e-4 * adapter[name].norm(), name
 
