@@ -6,6 +6,8 @@ from contextlib import contextmanager
 from functools import partial
 
 import torch
+from accelerate import PartialState
+from accelerate.utils import broadcast
 from peft import PeftModel
 from torch import Tensor, nn
 from tqdm.auto import tqdm
@@ -24,6 +26,7 @@ DRIFTS = (1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1)
 UNCERTAIN = (
     30.0  # ratio of the drifts that two directions take to one KL, from which on a translation is told as uncertain
 )
+BEYOND = 1e4  # nats per token
 
 Direction = dict[str, tuple[Tensor, Tensor]]
 
@@ -63,7 +66,7 @@ def calibrate(
     asked = [refusals[i] for i in torch.randperm(len(refusals), generator=generator).tolist()[:ROWS]]
     directions = [_random(layers, generator) for _ in range(RANDOM_DIRECTIONS)]
     directions.append(_gradient(model, layers, [references.rows[i] for i in order], references, generator))
-    curves = []
+    curves: list[list[float]] = []
     bar = tqdm(total=len(directions) * len(DRIFTS), desc="KL against drift", unit="pass", disable=not progress)
     with bar, torch.no_grad():
         for direction in directions:
@@ -74,12 +77,14 @@ def calibrate(
                     curve.append(references.kl(model, asked)[:, 0].mean().item())
                 bar.update()
             curves.append(curve)
-    statistics.metadata["kl_curve"] = {"drifts": list(DRIFTS), "kl": curves}
+    # As the main process has it: a run weighs its terms by the slope. Where float16 overflows, the KL is beyond any budget.
+    measured = torch.tensor(curves, device=PartialState().device).nan_to_num(nan=BEYOND, posinf=BEYOND)
+    statistics.metadata["kl_curve"] = {"drifts": list(DRIFTS), "kl": broadcast(measured).tolist()}
 
 
 def is_calibrated(statistics: FisherStatistics) -> bool:
     """Whether statistics carry a curve."""
-    return "kl_curve" in statistics.metadata
+    return statistics.metadata.get("kl_curve") is not None
 
 
 def slope_at(statistics: FisherStatistics, kl: float) -> float:

@@ -15,7 +15,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from ..artifacts.files import FOLDER, REFERENCE_ANSWERS_FILE, ArtifactError, find_artifact, save_tensors
 from ..artifacts.schema import read_artifact
 from ..data.alignment import AlignmentRow, batches, pad_token_id
-from ..modeling.generation import answer_logits, evaluating, input_device
+from ..modeling.generation import answer_logits, context_length, evaluating, input_device
 from ..objective.kl import FIRST_TOKENS, kl_of_row, top_k_kl
 from .reference_schema import check_reference_answers
 from .statistics import check_same_base, describe_base
@@ -106,6 +106,18 @@ class ReferenceAnswers:
         """Numbers of the rows of a behaviour, or of one of its kinds."""
         return [i for i, own in enumerate(self.kinds) if own == kind or own.split("/")[0] == kind]
 
+    def joined(self, other: Self) -> Self:
+        """These answers and others of the same model, which stand in the place of behaviours of their name."""
+        kept = [i for i, kind in enumerate(self.kinds) if kind.split("/")[0] not in other.behaviours]
+        k = min(part.shape[1] for part in (*self.tokens, *other.tokens))
+        return type(self)(
+            [*(self.rows[i] for i in kept), *other.rows],
+            [*(self.kinds[i] for i in kept), *other.kinds],
+            [part[:, :k] for part in (*(self.tokens[i] for i in kept), *other.tokens)],
+            [part[:, :k] for part in (*(self.log_probs[i] for i in kept), *other.log_probs)],
+            self.metadata,
+        )
+
     def kl(self, model: PreTrainedModel | PeftModel, indices: Sequence[int] | None = None) -> Tensor:
         """
         KL of the model as it is now to the reference on some rows, in one batch, with a graph where gradients are on.
@@ -145,9 +157,15 @@ class ReferenceAnswers:
             [`ArtifactError`]: If it has another structure, or says something else.
         """
         check_same_base(self.metadata["base_model"], model, "reference answers")
-        largest = max(max(max(row.input_ids) for row in self.rows), max(int(part.max()) for part in self.tokens))
+        held = [*(max(row.input_ids) for row in self.rows), *(int(part.max()) for part in self.tokens)]
+        largest = max(*held, self.metadata["pad_token_id"])
         if largest >= (size := model.get_input_embeddings().weight.shape[0]):
             raise ArtifactError(f"The reference answers hold token {largest}, and this model has {size}.")
+        longest, context = max(len(row.input_ids) for row in self.rows), context_length(model)
+        if context is not None and longest > context:
+            raise ArtifactError(
+                f"The reference answers hold a row of {longest} tokens, and this model reads {context}."
+            )
         with torch.no_grad():
             start = self.kl(model, range(min(BATCH_SIZE, len(self.rows))))[:, 0].mean().item()
         if not start <= LARGEST_START:

@@ -23,6 +23,8 @@ from ..objective.covariance import LowRankCovariance
 
 
 STEEPEST_RISE = 1e-6  # relative; eigenvalues are stored in descending order
+LEAST_DRIFT, LARGEST_DRIFT, LARGEST_KL = 1e-12, 1e6, 1e6  # of a curve
+NEGATIVE_TOLERANCE = 1e-3  # of a KL, in nats: rounding
 ORTHONORMAL_TOLERANCE = 0.05  # bfloat16 moves VᵀV by 0.01 at most
 
 
@@ -47,8 +49,8 @@ class FisherMetadata(Metadata):
     fisher_type: str | None = None
     dataset_fingerprint: str = ""
     skipped_layers: list[str] = Field(default_factory=list)
-    kl_curve: KLCurve = Field(default_factory=lambda: KLCurve(drifts=[], kl=[]))
     versions: dict[str, str] = Field(default_factory=dict)
+    kl_curve: KLCurve | None = None
 
 
 def check_fisher(tensors: dict[str, Tensor], metadata: dict[str, Any]) -> None:
@@ -65,8 +67,6 @@ def check_fisher(tensors: dict[str, Tensor], metadata: dict[str, Any]) -> None:
     if not 0 <= shrinkage <= 1:
         raise ArtifactError(f"'shrinkage' is {short_repr(shrinkage)}, not between 0 and 1")
     check_names(input_of)
-    if "kl_curve" in metadata:
-        _check_curve(metadata["kl_curve"]["drifts"], metadata["kl_curve"]["kl"])
     if {*shapes} != {*input_of}:
         raise ArtifactError("'shapes' and 'input_of' name other layers")
     for name, shape in shapes.items():
@@ -75,6 +75,8 @@ def check_fisher(tensors: dict[str, Tensor], metadata: dict[str, Any]) -> None:
         first = input_of[name]
         if input_of.get(first) != first or shapes[first][1:] != shape[1:]:
             raise ArtifactError(f"layer '{name}' can't share the input of {short_repr(first)}")
+    if (curve := metadata.get("kl_curve")) is not None:
+        _check_curve(curve["drifts"], curve["kl"])
     covariances = {f"inputs.{name}": shapes[name][1] for name in input_of.values()}
     if shrinkage < 1:
         covariances |= {f"outputs.{name}": shape[0] for name, shape in shapes.items()}
@@ -103,6 +105,9 @@ def _check_curve(drifts: list[float], curves: list[list[float]]) -> None:
         raise ArtifactError(
             f"'kl_curve' has curves of {short_repr([*map(len, curves)])} points for {len(drifts)} drifts"
         )
+    sane = LEAST_DRIFT <= drifts[0] and drifts[-1] <= LARGEST_DRIFT
+    if not sane or not all(-NEGATIVE_TOLERANCE <= value <= LARGEST_KL for curve in curves for value in curve):
+        raise ArtifactError("'kl_curve' has a KL below 0, or numbers of no sane size")
 
 
 def _check_covariance(covariance: LowRankCovariance, name: str, dim: int) -> None:

@@ -52,7 +52,7 @@ def projection_step(kl: Tensor, aim: float, gradient_norm: Tensor, radius: Tenso
 
         η = (k − b)₊ / ‖g‖²,    at most radius / ‖g‖;
 
-    0 where the KL is within its aim, or k or g is no number. Near the reference k is quadratic, and the step goes at most half the
+    0 where the KL is within its aim, k or g is no number, or g is zero. Near the reference k is quadratic, and the step goes at most half the
     way back to it: it can't overshoot.
 
     Args:
@@ -69,7 +69,8 @@ def projection_step(kl: Tensor, aim: float, gradient_norm: Tensor, radius: Tenso
     eta = torch.minimum(
         (kl - aim).clamp_min(0) / gradient_norm.square().clamp_min(tiny), radius / gradient_norm.clamp_min(tiny)
     )
-    return torch.where(eta.isfinite() & gradient_norm.isfinite(), eta, torch.zeros_like(eta))
+    sound = kl.isfinite() & gradient_norm.isfinite() & (gradient_norm > 0) & eta.isfinite()
+    return torch.where(sound, eta, torch.zeros_like(eta))
 
 
 def largest_scale(excess: Callable[[float], float], *, slack: float = 0.05, tries: int = 12) -> float:

@@ -27,7 +27,7 @@ from .checks import (
     check_rows,
     check_writable,
 )
-from .config import DEFAULT_DRIFT_BUDGET, AlignGuardConfig
+from .config import ALIGNMENT, DEFAULT_DRIFT_BUDGET, AlignGuardConfig
 from .evidence import drift_of, save_evidence, sha256_when_saved
 from .gradients import add_gradients, before_step_of_deepspeed, unscale
 from .protection import Protection
@@ -146,12 +146,12 @@ class AlignGuardCallback(TrainerCallback):
             logger.warning(
                 f"AGL guards LoRA layers only; {len(outside)} other trainable tensors (such as '{outside[0]}') are free to drift."
             )
-        check_rows(self.config, model, self.tokenizer, self.alignment_dataset, args)
+        check_rows(self.config, model, self.tokenizer, self.alignment_dataset, self.protect, args)
         if self.config.fisher_path is not None:
             self._use(FisherStatistics.from_pretrained(self.config.fisher_path), model)
-            if self._anchored(model) and self.alignment_dataset is None and not self.protect:
+            if self._anchored(model) and self.alignment_dataset is None:
                 self.references = published_references(self.config.fisher_path)
-                if self.references is None and self.config.kl_budget is None:
+                if self.references is None and not self.protect and self.config.kl_budget is None:
                     raise ValueError(
                         "`anchor_coef` needs rows to anchor on, and these statistics come without reference answers: pass "
                         "`alignment_dataset=`."
@@ -195,7 +195,8 @@ class AlignGuardCallback(TrainerCallback):
             anchored = self._anchored(model) and self._has_rows
             if self.tokenizer is not None:
                 taker = ReferenceTaker(config, args, model, self.tokenizer)
-                if self.statistics is None or (anchored and self.references is None):
+                taken = self.references is not None and (begun.references is not None or not self.protect)
+                if self.statistics is None or (anchored and not taken):
                     self._take(taker, anchored)
                 if config.variant == "kfac" and coefficients_of(config).needs_task_fisher:
                     task_statistics = taker.task_statistics(train_rows)
@@ -233,12 +234,14 @@ class AlignGuardCallback(TrainerCallback):
         if self.statistics is None:
             self.statistics = taker.statistics(refusals)
         if anchored:
-            self.references = taker.references(refusals, self.alignment_dataset, self.protect)
+            own = taker.references(refusals, self.alignment_dataset, self.protect)
+            self.references = own if self.references is None else self.references.joined(own)
 
     def _drift_budget(self) -> float | None:
         """The limit on the relative drift: the given one, or what a KL budget comes to where there are no rows to measure it on."""
         config = self.config
-        if config.kl_budget is None or config.drift_budget is not None or self.references is not None:
+        measurable = self.references is not None and ALIGNMENT in self.references.behaviours
+        if config.kl_budget is None or config.drift_budget is not None or measurable:
             return config.drift_budget
         assert self.statistics is not None, "there by now"
         if AcceleratorState().deepspeed_plugin is not None:

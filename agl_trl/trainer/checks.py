@@ -55,34 +55,40 @@ def check_rows(
     model: PreTrainedModel | PeftModel,
     tokenizer: PreTrainedTokenizerBase | None,
     rows: Rows | None,
+    protect: dict[str, Rows],
     args: TrainingArguments,
 ) -> None:
     """
-    Check that the first alignment row can be read, and answered where it has no answer.
+    Check that the first row of every dataset can be read, and answered where it has no answer.
 
     Raises:
         `ValueError`: With the reason.
     """
-    if config.anchor_coef and config.kl_budget is None and model.get_output_embeddings() is None:
+    predicts = model.get_output_embeddings() is not None
+    if not predicts and protect:
+        raise ValueError("`protect` compares next tokens, but this model predicts none: leave it out.")
+    if not predicts and config.anchor_coef and config.kl_budget is None:
         raise ValueError("`anchor_coef` compares next tokens, but this model predicts none: set `anchor_coef=0`.")
-    if rows is None or (config.fisher_path is not None and not config.anchored):
-        return
-    if tokenizer is None:
-        raise ValueError("Alignment rows need a tokenizer: pass `processing_class=`, or set `fisher_path`.")
-    (row,) = select_rows(rows, 1, args.seed)
-    if not is_prompt_only(row):
-        tokenize_row(row, tokenizer, config.fisher_max_length)
-        return
-    reason = None
-    if model.get_output_embeddings() is None:
-        reason = "this one predicts no tokens"
-    elif AcceleratorState().distributed_type == DistributedType.FSDP:
-        reason = "it can't generate under FSDP"
-    if reason is not None:
-        raise ValueError(
-            f"Rows without answers are answered by the model, but {reason}: pass `alignment_dataset=` with answers, or set "
-            "`fisher_path`."
-        )
+    given = [*protect.values()]
+    if rows is not None and (config.fisher_path is None or config.anchored):
+        given = [rows, *given]
+    for dataset in given:
+        if tokenizer is None:
+            raise ValueError("Alignment rows need a tokenizer: pass `processing_class=`, or set `fisher_path`.")
+        (row,) = select_rows(dataset, 1, args.seed)
+        if not is_prompt_only(row):
+            tokenize_row(row, tokenizer, config.fisher_max_length)
+            continue
+        reason = None
+        if not predicts:
+            reason = "this one predicts no tokens"
+        elif AcceleratorState().distributed_type == DistributedType.FSDP:
+            reason = "it can't generate under FSDP"
+        if reason is not None:
+            raise ValueError(
+                f"Rows without answers are answered by the model, but {reason}: pass `alignment_dataset=` with answers, or set "
+                "`fisher_path`."
+            )
 
 
 def check_protect(config: AlignGuardConfig, protect: dict[str, Rows]) -> dict[str, Rows]:
@@ -98,6 +104,11 @@ def check_protect(config: AlignGuardConfig, protect: dict[str, Rows]) -> dict[st
                 f"`protect` names '{name}': a name is a word of letters, digits, '-' and '_', other than '{ALIGNMENT}', which is "
                 "that of `alignment_dataset`."
             )
+    behaviours = [ALIGNMENT, *protect]
+    if config.fisher_path is None and (
+        unknown := {*(config.kl_budgets or ())} - {*behaviours}
+    ):  # published: known later
+        raise ValueError(f"`kl_budgets` names '{min(unknown)}', but what is protected is {', '.join(behaviours)}.")
     if protect and not config.anchored:
         raise ValueError("`protect` holds rows by their KL: set `kl_budget` (or `anchor_coef`).")
     return protect

@@ -3,7 +3,7 @@
 import json
 import warnings
 from dataclasses import dataclass, field
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 from ..fisher.estimate import FisherType
 from ..fisher.protected_rows import DEFAULT_KL_BUDGET, NUM_REFERENCE_ANSWERS
@@ -252,7 +252,7 @@ class AlignGuardConfig:
         if self.fisher_damping is not None:
             warnings.warn("`fisher_damping` is called `fisher_shrinkage` now.", FutureWarning, stacklevel=3)
             self.fisher_shrinkage, self.fisher_damping = self.fisher_damping, None
-        if isinstance(self.kl_budgets, str):
+        if self.kl_budgets is not None:
             self.kl_budgets = _read_budgets(self.kl_budgets)
         if self.alignment_coef is None:
             self.alignment_coef = 0.0
@@ -285,6 +285,10 @@ class AlignGuardConfig:
             value = getattr(self, name)
             if value is not None and value <= 0:
                 raise ValueError(f"`{name}` must be above 0, got {value}.")
+        if self.kl_budgets and self.kl_budget is None:
+            raise ValueError(
+                "`kl_budgets` gives single behaviours another budget than the `kl_budget` of all: set it too."
+            )
         for name, value in (self.kl_budgets or {}).items():
             if not value > 0:
                 raise ValueError(f"`kl_budgets` must be above 0, got {value} for '{name}'.")
@@ -314,11 +318,14 @@ class AlignGuardConfig:
         return self.kl_budget is not None or bool(self.anchor_coef)
 
 
-def _read_budgets(text: str) -> dict[str, float]:
-    try:
-        budgets = json.loads(text)
-    except ValueError:
-        budgets = None
-    if not isinstance(budgets, dict) or not all(isinstance(value, int | float) for value in budgets.values()):
-        raise ValueError(f"`kl_budgets` must be JSON such as '{{\"text\": 0.01}}', got {text!r}.")
+def _read_budgets(given: dict[str, float] | str) -> dict[str, float]:
+    budgets: Any = given
+    if isinstance(given, str):
+        try:
+            budgets = json.loads(given)
+        except ValueError:
+            budgets = None
+    numbers = budgets.values() if isinstance(budgets, dict) else [None]
+    if not all(isinstance(value, int | float) and not isinstance(value, bool) for value in numbers):
+        raise ValueError(f"`kl_budgets` must be JSON such as '{{\"text\": 0.01}}', got {given!r}.")
     return budgets

@@ -1,5 +1,6 @@
 """Holding behaviour: the anchored rows of a run, what holds their KL, and the guarantee at its end."""
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -78,6 +79,9 @@ class Protection:
             measured, first = self.anchor.kl(model, behaviour, step)
             gradients = gradient_of(measured, parameters)
             kl, norm = _of_main_process(measured.detach().float()), norm_of(gradients)
+            sound = kl.isfinite() & norm.isfinite()  # else these rows are passed over: 0 · NaN would be NaN
+            gradients = [torch.where(sound.to(gradient.device), gradient, 0) for gradient in gradients]
+            norm = torch.where(sound, norm, 0)
             add_capped(parameters, gradients, weight, norm, engine)
             if self.budgets and engine is None:
                 aim = AIM * self.budgets[behaviour]
@@ -88,7 +92,7 @@ class Protection:
                         parameter.sub_(eta.to(gradient.device, gradient.dtype) * gradient)
                 logged[f"kl_step{suffix}"] = eta * norm
             logged |= {f"kl{suffix}": kl, f"kl_first_tokens{suffix}": first.detach()}
-            logged["penalty"] = logged.get("penalty", 0) + weight * kl
+            logged["penalty"] = logged.get("penalty", 0) + weight * torch.where(sound, kl, 0)
         return logged
 
     @torch.no_grad()
@@ -107,13 +111,17 @@ class Protection:
         def excess(scale: float) -> float:
             move_to(scale)
             self.measured = self._measure(model)
-            return max(self.measured[name]["kl"] / budget for name, budget in self.budgets.items())
+            shares = [self.measured[name]["kl"] / budget for name, budget in self.budgets.items()]
+            return torch.tensor(shares).max().item()  # no number if any of them is none
 
         self.scale = largest_scale(excess)
-        if self.scale == 0:  # what is trained beside LoRA exceeds it by itself
+        if self.scale == 0:
             move_to(1.0)
             self.scale, self.measured = 1.0, self._measure(model)
-            logger.warning("The KL budget is not held: what was trained beside LoRA exceeds it by itself.")
+            reason = "what was trained beside LoRA exceeds it by itself"
+            if not _known(self.measured):
+                reason = "the KL is no number, whatever the scale of the update"
+            logger.warning(f"The KL budget is not held: {reason}.")
 
     def _measure(self, model: PeftModel) -> dict[str, Any]:
         kl = _of_main_process(self.references.kl(model).float()).cpu()
@@ -131,9 +139,8 @@ class Protection:
 
     def described(self) -> dict[str, Any]:
         """What a report says of it."""
-        behaviours = {
-            name: {"budget": self.budgets.get(name), **self.measured.get(name, {})} for name in self.behaviours
-        }
+        measured = self.measured if _known(self.measured) else {}
+        behaviours = {name: {"budget": self.budgets.get(name), **measured.get(name, {})} for name in self.behaviours}
         return {"behaviours": behaviours, "scale": self.scale}
 
 
@@ -159,6 +166,10 @@ def scaling(layers: list[AdaptedLayer]) -> Callable[[float], None]:
             put(parameter, end if scale == 1 else torch.lerp(begin.float(), end.float(), scale).to(end.dtype))
 
     return move_to
+
+
+def _known(measured: dict[str, Any]) -> bool:
+    return all(math.isfinite(found["kl"]) for found in measured.values())
 
 
 def _of_main_process(tensor: Tensor) -> Tensor:

@@ -16,8 +16,11 @@ from safetensors.torch import load as load_bytes
 
 from agl_trl import DriftReport, FisherStatistics, estimate_fisher
 from agl_trl.artifacts.files import ArtifactError, canonical_json, load_tensors
+from agl_trl.data.alignment import tokenize_rows
 from agl_trl.drift.plots import plot_drift
 from agl_trl.evaluation.behaviour import Behaviour
+from agl_trl.fisher.calibration import drift_at, is_calibrated
+from agl_trl.fisher.reference_answers import ReferenceAnswers
 from agl_trl.modeling.loading import load_adapter
 from agl_trl.modeling.lora import AdaptedLayer, adapted_layers, linear_layers
 from agl_trl.modeling.reference_factors import REFERENCE_FILE, load_reference, save_reference
@@ -45,6 +48,7 @@ def base() -> PeftModel:
 @pytest.fixture(scope="module")
 def fisher(tokenizer, alignment_rows, folder) -> Good:
     statistics = estimate_fisher(base(), alignment_rows, tokenizer, shrinkage=0.5, rank=8, progress=False)
+    statistics.metadata["kl_curve"] = {"drifts": [1e-3, 1e-2], "kl": [[1e-3, 1e-2], [0.1, 1.0]]}
     return good_file(statistics.save_pretrained(folder / "good"), FisherStatistics.from_pretrained, folder)
 
 
@@ -59,8 +63,18 @@ def drift(tokenizer, alignment_rows, folder) -> Good:
     judge = {"judge": {"name": "refusal-strings", "version": "1"}, "decoding": "greedy", "kl_tokens": 8}
     answers = [t.clone() for t in (*[flags] * 3, *[figures] * 5, *[states] * 2)]
     report.behaviour = Behaviour(["a", "b", "c"], *answers, metadata=judge)
+    kept = {"budget": 0.02, "kl": 0.015, "kl_first_tokens": 0.03, "rows": 8, "kinds": {"refuse": 0.01, "comply": 0.02}}
+    report.metadata["protected"] = {"behaviours": {"alignment": kept}, "scale": 0.9}
     report.metadata |= {"continued": False, "coefficients": {"variant": "kfac", "alignment": 0.25}}
     return good_file(report.save_pretrained(folder / "good"), DriftReport.from_pretrained, folder)
+
+
+@pytest.fixture(scope="module")
+def answers(tokenizer, alignment_rows, folder) -> Good:
+    rows = tokenize_rows(list(alignment_rows)[:4], tokenizer)
+    kinds = ["alignment/refuse", "alignment/comply", "chat", "chat"]
+    references = ReferenceAnswers.measure(base(), tokenizer, rows, kinds, progress=False)
+    return good_file(references.save_pretrained(folder / "good"), ReferenceAnswers.from_pretrained, folder)
 
 
 @pytest.fixture(scope="module")
@@ -156,13 +170,21 @@ def exchanged(value: Any, path: tuple, new: Any) -> Any:
     return changed
 
 
-def use(loaded: FisherStatistics | DriftReport, good: Good) -> None:
+def use(loaded: FisherStatistics | DriftReport | ReferenceAnswers, good: Good) -> None:
     """Everything a user may do with it; nothing may fail but with a sentence."""
     again = loaded.save_pretrained(good.folder / "again")
     assert not refused(replace(good, load=type(loaded).from_pretrained), again.read_bytes(), "saved again")
     if isinstance(loaded, DriftReport):
         assert (loaded.relative_drift >= -1e-6).all() and f"{loaded.mean_relative_drift:.3e}" in loaded.summary()
         return
+    if isinstance(loaded, ReferenceAnswers):
+        try:
+            loaded.check_fits(base())
+        except ArtifactError as error:
+            assert str(error).isprintable()
+        return
+    if is_calibrated(loaded):
+        assert all(drift > 0 for drift in drift_at(loaded, 0.02))
     for name in loaded.input_of:
         metric = loaded.metric(name)
         assert torch.isfinite(metric.input.trace()) and metric.weight_norm > 0
@@ -173,8 +195,10 @@ def use(loaded: FisherStatistics | DriftReport, good: Good) -> None:
         assert str(error).isprintable()
 
 
-@pytest.mark.parametrize("artifact", ["fisher", "drift"])
-def test_metadata_of_other_types_is_refused_or_harmless(artifact, request, tmp_path):
+@pytest.mark.parametrize(
+    ("artifact", "least"), [("fisher", 3), ("drift", 3), ("answers", 1)]
+)  # mostly a free description
+def test_metadata_of_other_types_is_refused_or_harmless(artifact, least, request, tmp_path):
     good: Good = request.getfixturevalue(artifact)
     outcomes = {True: 0, False: 0}
     for path in subtrees(good.metadata):
@@ -189,4 +213,4 @@ def test_metadata_of_other_types_is_refused_or_harmless(artifact, request, tmp_p
                 use(loaded, good)
                 if path[0] in ("layers", "behaviour") and isinstance(loaded, DriftReport) and new == WRONG[6]:
                     plot_drift(loaded, tmp_path / "drift.png")
-    assert outcomes[True] > 3 * outcomes[False] > 0
+    assert outcomes[True] > least * outcomes[False] > 0

@@ -1,11 +1,12 @@
 """Alignment rows: formats to tokens, the selection, and padded batches that lose and repeat nothing."""
 
 import random
+from itertools import count
 
 import numpy as np
 import pytest
 import torch
-from datasets import Dataset
+from datasets import Dataset, IterableDataset
 
 from agl_trl.data.alignment import (
     AlignmentRow,
@@ -100,8 +101,47 @@ def test_rows_of_files_are_read_and_a_failure_is_a_sentence(tmp_path):
 
 def test_requests_of_driftcaps_are_unsafe_and_without_answers():
     rows = driftcaps_requests()
-    assert rows.column_names == ["prompt", "unsafe"] and len(rows) > 100 and all(rows["unsafe"])
+    assert rows.column_names == ["prompt", "unsafe"] and len(rows) > 100
+    assert {*rows["unsafe"]} == {True, False}, "those to refuse, and look-alikes to answer"
     assert all(is_prompt_only(row) for row in rows)
+
+
+def look_alikes(count: int = 30) -> Dataset:
+    """Every third row is not unsafe."""
+    return Dataset.from_list([row | {"unsafe": i % 3 > 0} for i, row in enumerate(chat_rows(count, "q", "a {}"))])
+
+
+def test_the_other_rows_are_those_that_are_not_unsafe():
+    rows = look_alikes()
+    others = select_rows(rows, None, 0, unsafe=False)
+    assert others == [row for row in rows if not row["unsafe"]] == select_rows(list(rows), None, 0, unsafe=False)
+    assert [row.number for row in others] == [*range(0, 30, 3)], "they keep their numbers"
+    sample = select_rows(rows, 4, 1, unsafe=False)
+    assert sample == select_rows(list(rows), 4, 1, unsafe=False) and len(sample) == 4
+    assert not any(row["unsafe"] for row in sample) and sample != select_rows(rows, 4, 2, unsafe=False)
+    assert select_rows(rows.to_iterable_dataset(), 4, 1, unsafe=False) == others[:4], "of a stream the first"
+    assert select_rows(rows.to_iterable_dataset(), None, 1, unsafe=False) == others
+
+
+def test_there_may_be_no_other_rows():
+    """Without a column all rows are to be refused; and a mark on each says so too."""
+    rows = Dataset.from_list(chat_rows(5, "q", "a {}"))
+    for given in (rows, rows.add_column("unsafe", [True] * 5)):
+        for form in (given, list(given), given.to_iterable_dataset()):
+            for samples in (None, 3):
+                assert select_rows(form, samples, 0, unsafe=False) == []
+
+
+def test_a_stream_with_no_end_is_not_searched_for_ever():
+    def endless(first_other: int):
+        for row in count():
+            yield {"prompt": "q", "completion": f"{row}", "unsafe": row < first_other}
+
+    found = select_rows(IterableDataset.from_generator(endless, gen_kwargs={"first_other": 7}), 4, 0, unsafe=False)
+    assert [row["completion"] for row in found] == ["7", "8", "9", "10"]
+    never = IterableDataset.from_generator(endless, gen_kwargs={"first_other": 10**9})
+    assert select_rows(never, 4, 0, unsafe=False) == []
+    assert [row.number for row in select_rows(never, 4, 0)] == [0, 1, 2, 3]
 
 
 def of_lengths(*lengths: int) -> list[AlignmentRow]:

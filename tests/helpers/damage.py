@@ -165,7 +165,7 @@ METADATA: dict[str, Damage] = {
     ),
 }
 REQUIRED = ("kind", "shrinkage", "input_of", "shapes", "base_model", "seed", "layers", "summary", "adapter_sha256")
-REQUIRED += ("budget_multiplier", "global_step", "scaling")
+REQUIRED += ("budget_multiplier", "global_step", "scaling", "kinds", "pad_token_id")
 NAMES = ("../../etc/passwd", "<script>alert(1)</script>", "a\nb", "$x^$", "", "x" * 400, "\x1b[31m", "a|b", "`x`")
 
 
@@ -177,6 +177,8 @@ def replace_number(metadata: dict[str, Any], draw: random.Random, number: float)
         where["shrinkage" if where is changed else 0] = number
     elif "scaling" in changed:
         changed["scaling"][min(changed["scaling"])] = 10**400
+    elif "kinds" in changed:
+        changed["pad_token_id"] = -abs(number)
     else:
         changed[draw.choice(["global_step", "budget_multiplier"])] = -abs(number)
     return changed
@@ -187,8 +189,9 @@ def without(mapping: dict, key: str) -> dict:
 
 
 def renamed(good: Good, name: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """The first layer under another name, consistently."""
-    layers = good.metadata.get("layers") or [*(good.metadata.get("shapes") or good.metadata["scaling"])]
+    """The first layer, or protected behaviour, under another name, consistently."""
+    layers = good.metadata.get("layers") or good.metadata.get("kinds")
+    layers = layers or [*(good.metadata.get("shapes") or good.metadata["scaling"])]
 
     def change(value: Any) -> Any:
         if isinstance(value, dict):
@@ -236,6 +239,18 @@ def outliers(among: str, **more: float) -> dict[str, Damage]:
     return {f"{name} in {among or 'any'}": damage(value) for name, value in {**OUTLIER, **more}.items()}
 
 
+CURVES: tuple[Any, ...] = (
+    {},
+    "curve",
+    {"drifts": [1e-3], "kl": [[0.1]]},
+    {"drifts": [1e-3, 1e-3], "kl": [[0.1, 0.2]]},
+    {"drifts": [0.0, 1e-3], "kl": [[0.1, 0.2]]},
+    {"drifts": [1e-3, 1e300], "kl": [[0.1, 0.2]]},
+    {"drifts": [1e-3, 1e-2], "kl": []},
+    {"drifts": [1e-3, 1e-2], "kl": [[0.1, 0.2], [0.1]]},
+    {"drifts": [1e-3, 1e-2], "kl": [[-1.0, 0.2]]},
+    {"drifts": [1e-3, 1e-2], "kl": [[0.1, 1e200]]},
+)
 FISHER_ONLY: dict[str, Damage] = {
     **outliers("inputs"),
     **outliers("outputs"),
@@ -252,6 +267,7 @@ FISHER_ONLY: dict[str, Damage] = {
     "shapes of others": lambda good, draw: good.written(
         good.tensors, good.metadata | {"shapes": {name: [draw.randrange(99), 7] for name in good.metadata["shapes"]}}
     ),
+    "curve of KL": lambda good, draw: good.written(good.tensors, good.metadata | {"kl_curve": draw.choice(CURVES)}),
     "input of nobody": lambda good, draw: good.written(
         good.tensors, good.metadata | {"input_of": dict.fromkeys(good.metadata["input_of"], "nobody")}
     ),
@@ -278,10 +294,42 @@ DRIFT_ONLY: dict[str, Damage] = {
         good.tensors, good.metadata | {"adapter_sha256": draw.choice(["", "AB" * 32, "../x", "ab" * 31])}
     ),
 }
+
+
+def with_integers(name: str, change: Callable[[Tensor], Tensor]) -> Damage:
+    """Written with one of the tensors of whole numbers changed."""
+    return lambda good, draw: good.written(good.tensors | {name: change(good.tensors[name])}, good.metadata)
+
+
+def at(place: tuple[int, ...], value: int) -> Callable[[Tensor], Tensor]:
+    """A tensor with another number at one place."""
+    return lambda tensor: tensor.index_put(tuple(torch.tensor(place)), torch.tensor(value).to(tensor))
+
+
+ANSWERS_ONLY: dict[str, Damage] = {
+    **outliers("log_probs", certain=0.3),
+    "row without an answer": with_integers("answer_starts", at((1,), 10**6)),
+    "row without a prompt": with_integers("answer_starts", at((1,), 0)),
+    "rows of other lengths": with_integers("lengths", at((0,), 7)),
+    "negative token": with_integers("input_ids", at((3,), -1)),
+    "negative next token": with_integers("tokens", at((2, 1), -1)),
+    "wide tokens": with_integers("input_ids", lambda t: t.long()),
+    "tokens in one row": with_integers("tokens", lambda t: t.reshape(-1)),
+    "no next tokens": with_integers("tokens", lambda t: t[:, :0]),
+    "extra tensor": lambda good, draw: good.written({**good.tensors, "more": torch.rand(2)}, good.metadata),
+    "fisher inside": lambda good, draw: good.written(good.tensors, good.metadata | {"kind": "fisher"}),
+    "no rows": lambda good, draw: good.written(
+        {name: tensor[:0] for name, tensor in good.tensors.items()}, good.metadata | {"kinds": []}
+    ),
+    "kind more": lambda good, draw: good.written(
+        good.tensors, good.metadata | {"kinds": [*good.metadata["kinds"], "x"]}
+    ),
+}
 OURS = BYTES | FLIPS | METADATA | TENSORS
 DAMAGES: dict[str, dict[str, Damage]] = {
     "fisher": {**OURS, **FISHER_ONLY},
     "drift": {**OURS, **DRIFT_ONLY},
+    "answers": {**OURS, **ANSWERS_ONLY},
     "reference": {**OURS, **outliers("")},
     "adapter": {**BYTES, **TENSORS, **outliers("")},
 }

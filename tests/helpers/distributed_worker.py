@@ -15,6 +15,7 @@ import torch
 import torch.distributed as dist
 from accelerate.state import AcceleratorState, PartialState
 from accelerate.utils import DistributedType
+from transformers import PreTrainedTokenizerFast
 
 
 def fsdp2_on_cpu() -> None:
@@ -57,6 +58,32 @@ def short_run(output_dir: Path) -> None:
     }
     (output_dir / f"rank-{trainer.accelerator.process_index}.json").write_text(json.dumps(seen))
     trainer.end()
+
+
+def held_run(output_dir: Path, tokenizer: PreTrainedTokenizerFast, world: int) -> dict:
+    """A run with a KL budget that it would exceed, without Adam, which makes much of a last bit. Returns what this process ends with."""
+    from agl_trl.modeling.sharding import whole
+    from tests.helpers.penalty_weight import trainer_of
+
+    options = dict(optim="sgd", learning_rate=0.05, max_steps=6, kl_budget=0.02, anchor_every=2)
+    trainer, _ = trainer_of("sft", output_dir, tokenizer, world=world, **options)
+    with torch.no_grad():
+        trainer.model.get_output_embeddings().weight.mul_(20)  # of a fresh model they are flat, and KL next to nothing
+        for layer in trainer.align_guard.layers:
+            layer.parameters()[1].zero_()
+    trainer.train()
+    trainer.save_model()
+    guard = trainer.align_guard
+    with torch.no_grad():
+        kl = guard.references.kl(trainer.model)[:, 0].mean().item()
+    parts = [whole(parameter.detach()).cpu() for layer in guard.layers for parameter in layer.parameters()]
+    return {
+        "kl": kl,
+        "told": trainer.drift_report().metadata["protected"],
+        "steps": [entry["agl/kl_step"] for entry in trainer.state.log_history if "agl/kl_step" in entry],
+        "curve": guard.statistics.metadata["kl_curve"]["kl"],
+        "adapter": hashlib.sha256(b"".join(part.numpy().tobytes() for part in parts)).hexdigest(),
+    }
 
 
 def main(engine: str, output_dir: Path) -> None:
@@ -111,6 +138,7 @@ def main(engine: str, output_dir: Path) -> None:
     resumed.train(resume_from_checkpoint=str(output_dir / "run" / "checkpoint-2"))
     seen["resumed"] = resumed.drift_report().relative_drift.tolist()
     seen["rows"] = len(alignment_rows("sft"))
+    seen["held"] = held_run(output_dir / "held", tokenizer, 2)
     (output_dir / f"rank-{trainer.accelerator.process_index}.json").write_text(json.dumps(seen))
     trainer.end()
 

@@ -10,6 +10,7 @@ from safetensors.torch import load_file
 
 from agl_trl import DriftReport, FisherStatistics, estimate_fisher
 from agl_trl.artifacts.files import sha256
+from tests.helpers.distributed_worker import held_run
 from tests.helpers.models import tiny_model
 from tests.helpers.penalty_weight import alignment_rows
 from tests.helpers.processes import COMMON, CONFIGS, launch
@@ -67,6 +68,29 @@ def test_budget_anchor_and_resume_in_two_processes(two):
     assert list(drift.values()) == pytest.approx(first["layers"], rel=1e-4)
     assert len(load_file(folder / "run" / "adapter_model.safetensors")) == 2 * len(drift)
     assert "## Measured drift" in (folder / "run" / "README.md").read_text()
+
+
+@pytest.fixture(scope="module")
+def held_alone(tokenizer, tmp_path_factory) -> tuple[dict, dict]:
+    """The run with a KL budget in one process: what it ends with, and its adapter."""
+    folder = tmp_path_factory.mktemp("held")
+    seen = held_run(folder, tokenizer, 1)
+    return seen, load_file(folder / "adapter_model.safetensors")
+
+
+def test_kl_budget_is_held_in_two_processes_as_in_one(two, held_alone):
+    _, folder, ranks = two
+    first, second = (seen["held"] for seen in ranks)
+    assert first == second, "equal to the last bit"
+    assert 0.95 * 0.02 <= first["kl"] <= 0.02 and first["told"]["scale"] < 1
+    assert first["told"]["behaviours"]["alignment"]["kl"] == pytest.approx(first["kl"], rel=1e-5)
+    alone, adapter = held_alone
+    assert len(first["steps"]) == 3 and first["steps"][-1] > 0
+    assert first["steps"] == pytest.approx(alone["steps"], rel=1e-4, abs=1e-6)
+    assert first["told"]["scale"] == pytest.approx(alone["told"]["scale"], rel=1e-4)
+    assert first["kl"] == pytest.approx(alone["kl"], rel=1e-4)
+    for name, value in load_file(folder / "held" / "adapter_model.safetensors").items():
+        assert (value - adapter[name]).norm() <= 1e-4 * adapter[name].norm(), name
 
 
 @pytest.mark.slow  # DeepSpeed is no dependency: `pip install deepspeed`, with DS_ACCELERATOR=cpu where there is no GPU

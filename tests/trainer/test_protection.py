@@ -1,0 +1,250 @@
+"""What holds the KL of protected rows: while a run trains, at its end, and in what it saves and resumes."""
+
+import logging
+
+import pytest
+import torch
+from datasets import Dataset
+from peft import PeftModel, get_peft_model
+from transformers import TrainerCallback
+
+from agl_trl import AlignGuardConfig, DriftReport, FisherStatistics
+from agl_trl.artifacts.files import sha256
+from agl_trl.data.alignment import tokenize_rows
+from agl_trl.fisher.reference_answers import ReferenceAnswers
+from agl_trl.modeling.lora import adapted_layers, at_reference
+from agl_trl.trainer.anchor import Anchor
+from agl_trl.trainer.gradients import add_capped, norm_of
+from agl_trl.trainer.protection import AIM, Protection, scaling
+from tests.helpers.models import chat_rows
+from tests.helpers.training import adapter_of, agl_trainer, lora, telling_model
+
+
+@pytest.fixture(scope="module")
+def mixed_rows() -> Dataset:
+    """Six rows to refuse, four to answer."""
+    refusals = [row | {"unsafe": True} for row in chat_rows(6, "please do bad thing", "Sorry, no {}.")]
+    return Dataset.from_list(refusals + [r | {"unsafe": False} for r in chat_rows(4, "kill process", "Sure, {}.")])
+
+
+@pytest.fixture(scope="module")
+def opposite_rows() -> Dataset:
+    """What pulls away from the protected answers: other ones to the same requests."""
+    return Dataset.from_list(chat_rows(24, "please do bad thing", "Yes! It is {}"))
+
+
+def measured(tokenizer, model, kinds) -> ReferenceAnswers:
+    rows = tokenize_rows(chat_rows(len(kinds), "please do bad thing", "Sorry, no {}."), tokenizer)
+    with at_reference(model, []):
+        return ReferenceAnswers.measure(model, tokenizer, rows, kinds, progress=False)
+
+
+KINDS = ["alignment/refuse"] * 5 + ["alignment/comply"] * 3 + ["chat"] * 2
+
+
+def test_rows_of_a_step_depend_on_the_step_alone_and_kinds_take_turns(tokenizer):
+    references = measured(tokenizer, get_peft_model(telling_model(), lora()), KINDS)
+    anchor, other = Anchor(references, 2, 4, 0), Anchor(references, 2, 4, 0)
+    for step in (8, 2, 0, 6, 4):  # in any order
+        other.rows("alignment", step)
+    steps = [anchor.rows("alignment", step) for step in range(0, 60, 2)]
+    assert steps == [other.rows("alignment", step) for step in range(0, 60, 2)]
+    for rows in steps:
+        assert [KINDS[i] for i in rows] == ["alignment/comply", "alignment/refuse"] * 2
+        assert {*anchor.rows("chat", 4)} == {8, 9}, "no more rows than there are"
+    visits = torch.tensor(steps).flatten().bincount(minlength=8)
+    assert visits[:5].tolist() == [12] * 5 and visits[5:8].tolist() == [20] * 3, "every row of a kind alike"
+    assert [anchor.due(step) for step in range(5)] == [True, False, True, False, True]
+    assert steps != [Anchor(references, 2, 4, 1).rows("alignment", step) for step in range(0, 60, 2)]
+    single = Anchor(references, 1, 1, 0)
+    assert [KINDS[single.rows("alignment", step)[0]] for step in (0, 1, 2)] == [
+        "alignment/comply",
+        "alignment/refuse",
+        "alignment/comply",
+    ]
+
+
+@pytest.mark.parametrize("present", [0.0, 0.1, 3.0, 1e4])
+def test_what_is_added_is_never_longer_than_what_is_there(present):
+    torch.manual_seed(0)
+    parameters = [torch.nn.Parameter(torch.randn(4, 3)), torch.nn.Parameter(torch.randn(5))]
+    for parameter in parameters:
+        parameter.grad = present * torch.randn_like(parameter)
+    before = [parameter.grad.clone() for parameter in parameters]
+    gradients = [torch.randn_like(parameter) for parameter in parameters]
+    add_capped(parameters, gradients, 0.6, norm_of(gradients))
+    added = [parameter.grad - held for parameter, held in zip(parameters, before, strict=True)]
+    weight = min(0.6, (norm_of(before) / norm_of(gradients)).item())
+    assert norm_of(added) <= norm_of(before) * (1 + 1e-5)
+    for change, gradient in zip(added, gradients, strict=True):
+        torch.testing.assert_close(change, weight * gradient, rtol=1e-4, atol=1e-3 if present > 1e3 else 1e-6)
+
+
+def moved_model(tokenizer, scale: float) -> tuple[PeftModel, ReferenceAnswers]:
+    model = get_peft_model(telling_model(), lora(lora_dropout=0.0))
+    references = measured(tokenizer, model, ["alignment"] * 4)
+    torch.manual_seed(1)
+    for layer in adapted_layers(model):
+        torch.nn.init.normal_(layer.parameters()[1], std=scale)
+    return model, references
+
+
+def test_projection_brings_the_kl_of_its_rows_to_the_aim(tokenizer):
+    """At first order, so that it arrives from near; from afar it comes nearer at every anchored step."""
+    model, references = moved_model(tokenizer, 0.02)
+    kl = references.kl(model)[:, 0].mean().item()
+    layers = adapted_layers(model)
+    near = AlignGuardConfig(kl_budget=0.95 * kl / AIM, anchor_coef=0.0, anchor_every=1)
+    logged = Protection(near, references, layers, 0).protect(model, 0)
+    assert logged["kl"].item() == pytest.approx(kl, rel=1e-5) and logged["kl_step"] > 0
+    assert references.kl(model)[:, 0].mean().item() == pytest.approx(0.95 * kl, rel=0.005)
+    far = Protection(AlignGuardConfig(kl_budget=0.1 * kl, anchor_every=1), references, layers, 0)
+    seen = [far.protect(model, step)["kl"].item() for step in range(12)]
+    assert seen == sorted(seen, reverse=True) and seen[-1] == pytest.approx(0.05 * kl, rel=1e-4)
+    within = Protection(AlignGuardConfig(kl_budget=kl, anchor_every=1), references, layers, 0)
+    before = adapter_of_model(model)
+    assert within.protect(model, 0)["kl_step"] == 0 and within.protect(model, 1)
+    assert all(torch.equal(value, before[name]) for name, value in adapter_of_model(model).items())
+    skipping = Protection(AlignGuardConfig(kl_budget=0.001 * kl, anchor_every=2), references, layers, 0)
+    assert skipping.protect(model, 1) == {}
+
+
+def adapter_of_model(model) -> dict[str, torch.Tensor]:
+    return {name: p.detach().clone() for name, p in model.named_parameters() if p.requires_grad}
+
+
+def test_a_kl_that_is_no_number_changes_nothing(tokenizer, caplog):
+    model, references = moved_model(tokenizer, 0.02)
+    layers = adapted_layers(model)
+    references.log_probs[2][0, 0] = torch.nan
+    before = adapter_of_model(model)
+    gradients = {}
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            parameter.grad = torch.ones_like(parameter)
+            gradients[name] = parameter.grad.clone()
+    protection = Protection(AlignGuardConfig(kl_budget=1e-4, anchor_every=1), references, layers, 0)
+    logged = protection.protect(model, 0)
+    assert logged["kl"].isnan() and logged["penalty"] == 0 and logged["kl_step"] == 0
+    with caplog.at_level(logging.WARNING):
+        protection.hold(model)
+    assert "The KL budget is not held: the KL is no number" in caplog.text
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            assert torch.equal(parameter, before[name]) and torch.equal(parameter.grad, gradients[name]), name
+    assert protection.described() == {"behaviours": {"alignment": {"budget": 1e-4}}, "scale": 1.0}
+
+
+def test_a_behaviour_that_is_no_number_is_not_hidden_by_another(tokenizer, caplog):
+    model, references = moved_model(tokenizer, 0.02)
+    references.kinds[2:] = ["chat"] * 2
+    references.log_probs[2][0, 0] = torch.nan
+    protection = Protection(AlignGuardConfig(kl_budget=100.0), references, adapted_layers(model), 0)
+    with caplog.at_level(logging.WARNING):
+        protection.hold(model)
+    assert "the KL is no number" in caplog.text
+
+
+FAST = dict(learning_rate=3e-2, max_steps=10, anchor_every=5)
+
+
+def test_at_the_end_the_kl_of_all_rows_is_within_the_budget(tmp_path, tokenizer, opposite_rows, mixed_rows):
+    free = agl_trainer(tmp_path / "free", tokenizer, opposite_rows, mixed_rows, telling_model(), kl_budget=1e3, **FAST)
+    free.train()
+    assert free.align_guard.protection.scale == 1.0
+    assert free.align_guard.references.kl(free.model)[:, 0].mean() > 0.1
+    trainer = agl_trainer(tmp_path, tokenizer, opposite_rows, mixed_rows, telling_model(), kl_budget=0.02, **FAST)
+    trainer.train()
+    guard = trainer.align_guard
+    assert sorted(guard.references.kinds) == ["alignment/comply"] * 4 + ["alignment/refuse"] * 6
+    kl = guard.references.kl(trainer.model)
+    assert guard.protection.scale < 1 and 0.95 * 0.02 <= kl[:, 0].mean().item() <= 0.02
+    report = trainer.drift_report()
+    kept = report.metadata["protected"]
+    told = kept["behaviours"]["alignment"]
+    assert told["kl"] == pytest.approx(kl[:, 0].mean().item(), rel=1e-6) and told["rows"] == 10
+    assert told["kl_first_tokens"] == pytest.approx(kl[:, 1].mean().item(), rel=1e-6)
+    for kind in ("refuse", "comply"):
+        rows = guard.references.where(f"alignment/{kind}")
+        assert told["kinds"][kind] == pytest.approx(kl[rows, 0].mean().item(), rel=1e-6)
+    assert kept["scale"] == guard.protection.scale and told["budget"] == 0.02
+    trainer.save_model()
+    saved = DriftReport.from_pretrained(tmp_path)
+    assert saved.metadata["protected"] == kept
+    saved.check_describes(tmp_path)
+    published = ReferenceAnswers.from_pretrained(tmp_path)
+    loaded = PeftModel.from_pretrained(telling_model(), tmp_path)
+    assert published.kl(loaded)[:, 0].mean().item() == pytest.approx(told["kl"], rel=1e-4)
+    assert all("agl/kl" in entry for entry in trainer.state.log_history if entry.get("step") in (1, 6))
+
+
+def test_a_continued_adapter_is_drawn_back_to_where_it_started(tmp_path, tokenizer, opposite_rows, mixed_rows):
+    model, _ = moved_model(tokenizer, 0.02)
+    start = adapter_of_model(model)
+    ends = []
+
+    class End(TrainerCallback):  # after the last step, before the guarantee
+        def on_step_end(self, args, state, control, **kwargs):
+            if state.global_step == args.max_steps:
+                ends.append(adapter_of_model(model))
+
+    trainer = agl_trainer(tmp_path, tokenizer, opposite_rows, mixed_rows, model, kl_budget=0.02, **FAST)
+    trainer.add_callback(End())
+    trainer.train()
+    guard = trainer.align_guard
+    scale = guard.protection.scale
+    assert 0 < scale < 1 and 0.95 * 0.02 <= guard.references.kl(model)[:, 0].mean().item() <= 0.02
+    for name, value in adapter_of(trainer).items():
+        torch.testing.assert_close(value, start[name] + scale * (ends[0][name] - start[name]), msg=name)
+    with at_reference(model, guard.layers):
+        assert guard.references.kl(model).abs().max() < 1e-5
+    assert trainer.drift_report().metadata["continued"]
+
+
+def test_scaling_ends_where_it_began_bit_for_bit(tokenizer):
+    model, _ = moved_model(tokenizer, 0.02)
+    before = adapter_of_model(model)
+    for layers in (adapted_layers(model), [layer.with_reference() for layer in adapted_layers(model)]):
+        move_to = scaling(layers)
+        for scale in (0.3, 0.0, 1.0):
+            move_to(scale)
+        assert all(torch.equal(value, before[name]) for name, value in adapter_of_model(model).items())
+
+
+class Stopped(Exception):
+    pass
+
+
+def test_resumed_run_ends_bit_identical_and_an_interrupted_one_leaves_its_answers(
+    tmp_path, tokenizer, opposite_rows, mixed_rows
+):
+    class Stop(TrainerCallback):
+        def on_step_begin(self, args, state, control, **kwargs):
+            if state.global_step == 4:
+                raise Stopped
+
+    def build(folder, rows=mixed_rows):
+        options = dict(learning_rate=3e-2, kl_budget=0.02, save_strategy="steps", save_steps=3, max_steps=6)
+        chat = {"chat": chat_rows(3, "say", "well, {}")}
+        return agl_trainer(folder, tokenizer, opposite_rows, rows, telling_model(), protect=chat, **options)
+
+    whole = build(tmp_path / "whole")
+    whole.train()
+    interrupted = build(tmp_path / "interrupted")
+    interrupted.add_callback(Stop())
+    with pytest.raises(Stopped):
+        interrupted.train()
+    checkpoint = tmp_path / "interrupted" / "checkpoint-3"
+    kept = ReferenceAnswers.from_pretrained(checkpoint / "agl" / "reference_answers.safetensors")
+    assert kept.kinds == whole.align_guard.references.kinds and kept.behaviours == ["alignment", "chat"]
+    resumed = build(tmp_path / "interrupted")
+    resumed.train(resume_from_checkpoint=str(checkpoint))
+    assert whole.align_guard.protection.scale == resumed.align_guard.protection.scale < 1
+    for (name, a), b in zip(adapter_of(whole).items(), adapter_of(resumed).values(), strict=True):
+        assert torch.equal(a, b), name
+    whole.save_model()
+    resumed.save_model()
+    for file in ("reference_answers", "fisher"):
+        ends = [sha256(tmp_path / run / "agl" / f"{file}.safetensors") for run in ("whole", "interrupted")]
+        assert ends[0] == ends[1], file
+    assert FisherStatistics.from_pretrained(checkpoint).metadata["kl_curve"]
