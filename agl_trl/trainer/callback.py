@@ -15,6 +15,7 @@ from ..artifacts.files import TAG, ArtifactError
 from ..data.alignment import driftcaps_requests
 from ..drift.report import DriftReport
 from ..fisher.calibration import UNCERTAIN, calibrate, drift_at, is_calibrated, slope_at
+from ..fisher.protected_rows import ALIGNMENT
 from ..fisher.reference_answers import ReferenceAnswers
 from ..fisher.statistics import FisherStatistics
 from ..modeling.lora import AdaptedLayer, adapted_layers, at_reference, linear_layers, trained_outside_lora
@@ -27,7 +28,7 @@ from .checks import (
     check_rows,
     check_writable,
 )
-from .config import ALIGNMENT, DEFAULT_DRIFT_BUDGET, AlignGuardConfig
+from .config import DEFAULT_DRIFT_BUDGET, AlignGuardConfig
 from .evidence import drift_of, save_evidence, sha256_when_saved
 from .gradients import add_gradients, before_step_of_deepspeed, unscale
 from .protection import Protection

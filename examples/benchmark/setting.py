@@ -16,10 +16,10 @@ from agl_trl import AGLDPOConfig, AGLDPOTrainer, AGLSFTConfig, AGLSFTTrainer, es
 from agl_trl.data.alignment import AlignmentBatch, AlignmentRow, select_rows, tokenize_rows
 from agl_trl.experiments.demo import LORA, TRAINING
 from agl_trl.fisher.calibration import calibrate
+from agl_trl.fisher.protected_rows import COMPLY, REFUSE
 from agl_trl.fisher.reference_answers import ReferenceAnswers
 from agl_trl.miniworld import alignment_dataset, load_model, load_tokenizer
 from agl_trl.modeling.lora import adapted_layers
-from agl_trl.trainer.reference import COMPLY, REFUSE
 
 
 # Pairs of a right and a useless answer; with the likelihood of the right one in the loss, as is usual, or nothing is learned.
