@@ -14,7 +14,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, HubStrategy
 from ..artifacts.files import TAG, ArtifactError
 from ..data.alignment import driftcaps_requests
 from ..drift.report import DriftReport
-from ..fisher.calibration import UNCERTAIN, calibrate, drift_at, is_calibrated, slope_at
+from ..fisher.calibration import calibrate, is_calibrated, slope_at
 from ..fisher.protected_rows import ALIGNMENT
 from ..fisher.reference_answers import ReferenceAnswers
 from ..fisher.statistics import FisherStatistics
@@ -28,11 +28,11 @@ from .checks import (
     check_rows,
     check_writable,
 )
-from .config import DEFAULT_DRIFT_BUDGET, AlignGuardConfig
+from .config import AlignGuardConfig
 from .evidence import drift_of, save_evidence, sha256_when_saved
 from .gradients import add_gradients, before_step_of_deepspeed, unscale
 from .protection import Protection
-from .reference import ReferenceTaker, published_references
+from .reference import ReferenceTaker, published_references, translated_budget
 from .regularizer import Regularizer, coefficients_of
 from .resume import CheckpointState, checkpoint_state, checkpoint_statistics, resumed_from
 
@@ -245,24 +245,7 @@ class AlignGuardCallback(TrainerCallback):
         if config.kl_budget is None or config.drift_budget is not None or measurable:
             return config.drift_budget
         assert self.statistics is not None, "there by now"
-        if AcceleratorState().deepspeed_plugin is not None:
-            raise ValueError(
-                "DeepSpeed keeps its own copy of the weights, so that without reference answers nothing can hold the drift: pass "
-                "`alignment_dataset=`, or set `alignment_coef`."
-            )
-        if not is_calibrated(self.statistics):
-            logger.warning(
-                "The KL budget can't be measured, because there are no reference answers, nor translated, because the statistics "
-                f"carry no curve: a relative drift of {DEFAULT_DRIFT_BUDGET} is held, which may be too much or too little."
-            )
-            return DEFAULT_DRIFT_BUDGET
-        drift, spread = drift_at(self.statistics, config.kl_budget)
-        unsure = f" This is uncertain: directions differ by a factor of {spread:.0f}." if spread > UNCERTAIN else ""
-        logger.warning(
-            f"Without reference answers a KL of {config.kl_budget} can't be measured; by the curve of the statistics a relative drift "
-            f"of {drift:.2g} is held in its place.{unsure}"
-        )
-        return drift
+        return translated_budget(self.statistics, config.kl_budget)
 
     def on_pre_optimizer_step(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: Any = None, **kwargs: Any

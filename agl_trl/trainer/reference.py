@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from accelerate.logging import get_logger
+from accelerate.state import AcceleratorState
 from peft import PeftModel
 from transformers import PreTrainedTokenizerBase, TrainingArguments
 
@@ -12,13 +13,14 @@ from ..artifacts.files import REFERENCE_ANSWERS_FILE, ArtifactError, find_artifa
 from ..data.alignment import select_rows
 from ..data.labels import PROTECTED_COLUMN
 from ..data.rows import ANSWERS, Row, is_prompt_only
+from ..fisher.calibration import UNCERTAIN, drift_at, is_calibrated
 from ..fisher.estimate import estimate_fisher
 from ..fisher.protected_rows import num_look_alikes, reference_answers, with_look_alikes
 from ..fisher.reference_answers import ReferenceAnswers
 from ..fisher.statistics import FisherStatistics
 from ..modeling.generation import answered_by
 from .checks import Rows
-from .config import AlignGuardConfig
+from .config import DEFAULT_DRIFT_BUDGET, AlignGuardConfig
 
 
 logger = get_logger(__name__)
@@ -116,3 +118,36 @@ def published_references(location: str) -> ReferenceAnswers | None:
         logger.warning(f"No reference answers: {error} The relative drift alone holds the model to what it was.")
         return None
     return ReferenceAnswers.from_pretrained(path)
+
+
+def translated_budget(statistics: FisherStatistics, kl_budget: float) -> float:
+    """
+    The relative drift that stands for a KL budget where there are no rows to measure a KL on, which is told.
+
+    Args:
+        statistics ([`FisherStatistics`]):
+            Statistics of the reference model, with or without a curve.
+        kl_budget (`float`):
+            Nats per answer token.
+
+    Raises:
+        `ValueError`: Under DeepSpeed, where a drift budget can't be held either.
+    """
+    if AcceleratorState().deepspeed_plugin is not None:
+        raise ValueError(
+            "DeepSpeed keeps its own copy of the weights, so that without reference answers nothing can hold the drift: pass "
+            "`alignment_dataset=`, or set `alignment_coef`."
+        )
+    if not is_calibrated(statistics):
+        logger.warning(
+            "The KL budget can't be measured, because there are no reference answers, nor translated, because the statistics "
+            f"carry no curve: a relative drift of {DEFAULT_DRIFT_BUDGET} is held, which may be too much or too little."
+        )
+        return DEFAULT_DRIFT_BUDGET
+    drift, spread = drift_at(statistics, kl_budget)
+    unsure = f" This is uncertain: directions differ by a factor of {spread:.0f}." if spread > UNCERTAIN else ""
+    logger.warning(
+        f"Without reference answers a KL of {kl_budget} can't be measured; by the curve of the statistics a relative drift "
+        f"of {drift:.2g} is held in its place, for the rows to refuse alone.{unsure}"
+    )
+    return drift
