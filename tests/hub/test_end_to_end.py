@@ -25,6 +25,7 @@ statistics = FisherStatistics.from_pretrained("alice/tuned")
 report = DriftReport.from_pretrained("alice/tuned")
 print(json.dumps({
     "found": list(statistics.relative_drift(model).values()), "told": report.relative_drift.tolist(), "step": report.global_step,
+    "protected": report.metadata["protected"],
     "base": report.metadata["base_model"], "published": statistics.metadata,
     "owner": FisherStatistics.from_pretrained("alice/base-agl-fisher").metadata,
 }))
@@ -62,6 +63,7 @@ def test_from_owner_to_trainee_to_reader(hub, online, tmp_path):
         ".gitattributes",
         "README.md",
         "agl/fisher.safetensors",
+        "agl/reference_answers.safetensors",
     }
 
     config = yaml.safe_load((ROOT / "examples" / "configs" / "miniworld_sft.yaml").read_text())
@@ -95,8 +97,9 @@ def test_from_owner_to_trainee_to_reader(hub, online, tmp_path):
     history = hub.repo("alice/tuned").history()
     steps = [agreeing_folders(commit, tmp_path / "scratch")[""] for commit in history[::-1][1:]]
     assert steps[:3] == [2, 4, 6] and steps[-1] == 6
-    published = hub.repo("alice/base-agl-fisher").history()[0].files["agl/fisher.safetensors"]
-    assert all(commit.files["agl/fisher.safetensors"].sha256 == published.sha256 for commit in history[:-1])
+    for file in ("agl/fisher.safetensors", "agl/reference_answers.safetensors"):  # the owner's, byte by byte
+        published = hub.repo("alice/base-agl-fisher").history()[0].files[file]
+        assert all(commit.files[file].sha256 == published.sha256 for commit in history[:-1])
     card = history[0].files["README.md"].data.decode()
     assert "base_model: alice/base" in card and "relative_drift" in card and str(tmp_path) not in card
 
@@ -104,7 +107,9 @@ def test_from_owner_to_trainee_to_reader(hub, online, tmp_path):
     assert reader.returncode == 0, reader.stderr[-2000:]
     seen = json.loads(reader.stdout.splitlines()[-1])
     assert seen["found"] == pytest.approx(seen["told"], rel=1e-4) and seen["step"] == 6
-    assert 0 < sum(seen["told"]) / len(seen["told"]) <= 3e-3
+    kept = seen["protected"]["behaviours"]["alignment"]
+    assert kept["rows"] == 128 and 0 < kept["kl"] <= kept["budget"] == 0.02
+    assert f"| alignment | 128 | {kept['kl']:.2e} |" in card
     assert seen["base"]["name"] == "alice/base" and seen["base"]["revision"] == base.oid
     assert seen["published"] == seen["owner"] and seen["owner"]["dataset"] == "miniworld"
 

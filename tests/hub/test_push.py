@@ -9,6 +9,7 @@ from huggingface_hub import HfApi
 from transformers import TrainerCallback
 
 from agl_trl import AGLDPOConfig, AGLDPOTrainer, AGLSFTConfig, AGLSFTTrainer, DriftReport, FisherStatistics
+from agl_trl.fisher.calibration import drift_at
 from agl_trl.hub.push import PushError, check_agreement, files_to_push, push_folder
 from tests.helpers.hub_commits import agreeing_folders
 from tests.helpers.models import chat_rows, tiny_model
@@ -306,3 +307,8 @@ def test_statistics_alone_protect_a_run(hub, online, tmp_path, tokenizer, train_
     pushed = hub.repo(REPO).history()[0].files["agl/fisher.safetensors"]
     assert pushed.data == (saved / "agl" / "fisher.safetensors").read_bytes()
     assert FisherStatistics.from_pretrained(REPO).num_tokens == trainer.statistics.num_tokens
+    report, card = DriftReport.from_pretrained(REPO), hub.repo(REPO).history()[0].files["README.md"].data.decode()
+    translated, _ = drift_at(trainer.statistics, 0.02)
+    assert report.metadata["coefficients"]["drift_budget"] == pytest.approx(translated)
+    assert report.mean_relative_drift <= translated and "protected" not in report.metadata
+    assert "The KL budget of 0.02 was **not measured**" in card and f"relative drift of {translated:.2e}" in card
