@@ -39,7 +39,7 @@ def measured(tokenizer, model, kinds) -> ReferenceAnswers:
         return ReferenceAnswers.measure(model, tokenizer, rows, kinds, progress=False)
 
 
-KINDS = ["alignment/refuse"] * 5 + ["alignment/comply"] * 3 + ["chat"] * 2
+KINDS = ["alignment/refuse"] * 5 + ["alignment/comply"] * 4 + ["chat"] * 2
 
 
 def test_rows_of_a_step_depend_on_the_step_alone_and_kinds_take_turns(tokenizer):
@@ -51,9 +51,9 @@ def test_rows_of_a_step_depend_on_the_step_alone_and_kinds_take_turns(tokenizer)
     assert steps == [other.rows("alignment", step) for step in range(0, 60, 2)]
     for rows in steps:
         assert [KINDS[i] for i in rows] == ["alignment/comply", "alignment/refuse"] * 2
-        assert {*anchor.rows("chat", 4)} == {8, 9}, "no more rows than there are"
-    visits = torch.tensor(steps).flatten().bincount(minlength=8)
-    assert visits[:5].tolist() == [12] * 5 and visits[5:8].tolist() == [20] * 3, "every row of a kind alike"
+        assert {*anchor.rows("chat", 4)} == {9, 10}, "no more rows than there are"
+    visits = torch.tensor(steps).flatten().bincount(minlength=9)
+    assert visits[:5].tolist() == [12] * 5 and visits[5:9].tolist() == [15] * 4, "every row of a kind alike"
     assert [anchor.due(step) for step in range(5)] == [True, False, True, False, True]
     assert steps != [Anchor(references, 2, 4, 1).rows("alignment", step) for step in range(0, 60, 2)]
     single = Anchor(references, 1, 1, 0)
@@ -199,6 +199,20 @@ def test_a_continued_adapter_is_drawn_back_to_where_it_started(tmp_path, tokeniz
     with at_reference(model, guard.layers):
         assert guard.references.kl(model).abs().max() < 1e-5
     assert trainer.drift_report().metadata["continued"]
+
+
+def test_what_is_trained_beside_lora_cannot_be_shrunk_and_is_told(
+    tmp_path, tokenizer, opposite_rows, mixed_rows, caplog
+):
+    config = lora(modules_to_save=["lm_head"])
+    options = dict(peft_config=config, kl_budget=0.002, **FAST)
+    trainer = agl_trainer(tmp_path, tokenizer, opposite_rows, mixed_rows, telling_model(), **options)
+    with caplog.at_level(logging.WARNING):
+        trainer.train()
+    assert "The KL budget is not held: what was trained beside LoRA exceeds it by itself." in caplog.text
+    kept = trainer.drift_report().metadata["protected"]
+    kl = trainer.align_guard.references.kl(trainer.model)[:, 0].mean().item()
+    assert kept["scale"] == 1.0 and kept["behaviours"]["alignment"]["kl"] == pytest.approx(kl, rel=1e-6) and kl > 0.002
 
 
 def test_scaling_ends_where_it_began_bit_for_bit(tokenizer):
