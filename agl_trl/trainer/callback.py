@@ -184,6 +184,8 @@ class AlignGuardCallback(TrainerCallback):
             self.references = begun.references or self.references
         if self.regularizer is None or checkpoint is not None:  # not again when the batch size is lowered
             self._build(args, model, kwargs["train_dataloader"].dataset, begun)
+        if self.protection is not None:
+            self.protection.forget()  # of an earlier training by the same trainer
         self._metrics = {}
         self._deepspeed = AcceleratorState().deepspeed_plugin is not None
         if self._deepspeed:

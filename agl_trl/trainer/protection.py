@@ -56,6 +56,10 @@ class Protection:
         budget = config.kl_budget
         self.budgets = {} if budget is None else {name: given.get(name, budget) for name in self.behaviours}
 
+    def forget(self) -> None:
+        """What was measured at the end of an earlier training is of other weights."""
+        self.measured, self.scale = {}, None
+
     def protect(self, model: PeftModel, step: int, engine: Any = None) -> dict[str, Tensor]:
         """
         At an anchored step, measure its rows of every behaviour, add their gradient to those that the parameters have, and take a
