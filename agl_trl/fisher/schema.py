@@ -101,7 +101,7 @@ def check_fisher(tensors: dict[str, Tensor], metadata: dict[str, Any]) -> None:
 def _check_curve(drifts: list[float], curves: list[list[float]]) -> None:
     if not all(before < after for before, after in pairwise([0.0, *drifts])):
         raise ArtifactError(f"the drifts of 'kl_curve' do not rise from 0: {short_repr(drifts)}")
-    if not drifts or not curves or any(len(curve) != len(drifts) for curve in curves):
+    if len(drifts) < 2 or not curves or any(len(curve) != len(drifts) for curve in curves):
         raise ArtifactError(
             f"'kl_curve' has curves of {short_repr([*map(len, curves)])} points for {len(drifts)} drifts"
         )

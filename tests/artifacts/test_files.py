@@ -154,7 +154,7 @@ def test_checkpoint_whose_adapter_or_report_was_exchanged_is_not_resumed(tokeniz
     report = DriftReport.measure(model, statistics)
     report.adapter_sha256, report.budget_multiplier = sha256(tmp_path / "adapter_model.safetensors"), 0.5
     path = report.save_pretrained(tmp_path)
-    assert checkpoint_state(str(tmp_path), model)[1] == 0.5
+    assert checkpoint_state(str(tmp_path), model)[1].multiplier == 0.5
     adapted(0.2).save_pretrained(tmp_path)
     with pytest.raises(ArtifactError, match="The report is of another adapter"):
         checkpoint_state(str(tmp_path), model)
@@ -162,7 +162,7 @@ def test_checkpoint_whose_adapter_or_report_was_exchanged_is_not_resumed(tokeniz
     with pytest.raises(ArtifactError, match="not a readable safetensors file"):
         checkpoint_state(str(tmp_path), model)
     path.unlink()
-    assert checkpoint_state(str(tmp_path), model)[1] == 0.0
+    assert checkpoint_state(str(tmp_path), model)[1].multiplier == 0.0
 
 
 def test_ids_of_the_hub_are_told_from_paths_and_from_nothing():

@@ -7,10 +7,12 @@ import torch
 from peft import LoraConfig, get_peft_model
 
 from agl_trl import estimate_fisher
-from agl_trl.data.alignment import tokenize_rows
+from agl_trl.data.alignment import select_rows, tokenize_rows
 from agl_trl.fisher.calibration import DRIFTS, calibrate, drift_at, is_calibrated, slope_at
+from agl_trl.fisher.protected_rows import COMPLY, REFUSE, reference_answers
 from agl_trl.fisher.reference_answers import ReferenceAnswers
 from agl_trl.fisher.statistics import FisherStatistics
+from agl_trl.miniworld import alignment_dataset, load_model, load_tokenizer
 from agl_trl.modeling.lora import base_weight, linear_layers
 from tests.helpers.models import ARCHITECTURES, tiny_model
 from tests.helpers.reference import dense, quadratic_form
@@ -41,9 +43,21 @@ def test_kl_rises_with_drift_in_every_direction(calibrated):
     assert curve["drifts"] == list(DRIFTS) and len(curve["kl"]) == 3
     for kl in curve["kl"]:
         assert len(kl) == len(DRIFTS) and 0 < kl[0] and kl == sorted(kl)
-    assert curve["kl"][-1][0] > max(curve["kl"][0][0], curve["kl"][1][0]), "the way of a task costs more"
     for kl in curve["kl"]:  # near the reference, and above rounding, both are quadratic in the size of the update
         assert 5 < kl[4] / kl[2] < 15
+
+
+def test_on_an_aligned_model_the_way_of_a_task_costs_more():
+    """Teaching the answers of other rows breaks refusals at a drift at which a random direction leaves them whole."""
+    model, tokenizer, dataset = load_model(), load_tokenizer(), alignment_dataset()
+    statistics = estimate_fisher(model, dataset, tokenizer, num_samples=32, progress=False)
+    kinds = {kind: select_rows(dataset, 16, 0, unsafe=kind == REFUSE) for kind in (REFUSE, COMPLY)}
+    references = reference_answers(model, tokenizer, kinds, max_length=None, progress=False)
+    calibrate(model, statistics, references, progress=False)
+    drift, spread = drift_at(statistics, 0.02)
+    assert spread > 5
+    statistics.metadata["kl_curve"]["kl"].pop()  # without the gradient's direction
+    assert drift_at(statistics, 0.02)[0] > 5 * drift
 
 
 def test_the_drift_that_is_asked_for_is_that_of_the_model(measured, monkeypatch):
