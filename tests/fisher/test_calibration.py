@@ -55,9 +55,9 @@ def test_on_an_aligned_model_the_way_of_a_task_costs_more():
     references = reference_answers(model, tokenizer, kinds, max_length=None, progress=False)
     calibrate(model, statistics, references, progress=False)
     drift, spread = drift_at(statistics, 0.02)
-    assert spread > 5
+    assert spread > 2
     statistics.metadata["kl_curve"]["kl"].pop()  # without the gradient's direction
-    assert drift_at(statistics, 0.02)[0] > 5 * drift
+    assert drift_at(statistics, 0.02)[0] > 2 * drift
 
 
 def test_the_drift_that_is_asked_for_is_that_of_the_model(measured, monkeypatch):
@@ -119,7 +119,7 @@ def test_translation_reads_the_curve_between_its_points_and_beyond_them(measured
     assert drift_at(statistics, 1e-3)[0] == pytest.approx(1e-3 / 10**0.5), "straight in logarithms"
     assert drift_at(statistics, 1e-5)[0] == pytest.approx(1e-5), "before its first point"
     assert drift_at(statistics, 10.0)[0] == pytest.approx(0.1), "after its last"
-    assert slope_at(statistics, 1e-2) == pytest.approx(10.0)
+    assert slope_at(statistics, 1e-2) == pytest.approx(1e-2 / (1e-3 * 1000**0.5)), "between the two directions"
     statistics.metadata["kl_curve"]["kl"] = [[1e-6, 1e-4, 1e-5], [0.0, 0.0, 0.0]]
     assert drift_at(statistics, 1e-4)[0] > 0, "a flat one too has an answer"
 
