@@ -46,12 +46,13 @@ def test_switched_off_it_is_grpo_trainer_bit_for_bit(tmp_path, tokenizer, prompt
     assert steps[0] == steps[1] and ours.statistics is None
 
 
-def test_run_is_protected_resumed_and_leaves_its_evidence(tmp_path, tokenizer, prompts, alignment_rows):
+@pytest.mark.parametrize("budget", [dict(drift_budget=1e-4), dict(kl_budget=1e-6)], ids="-".join)
+def test_run_is_protected_resumed_and_leaves_its_evidence(tmp_path, tokenizer, prompts, alignment_rows, budget):
     def build():
         return AGLGRPOTrainer(
             tiny_model(),
             reward_funcs=short,
-            args=AGLGRPOConfig(str(tmp_path), drift_budget=1e-4, **GRPO | dict(save_strategy="steps", save_steps=2)),
+            args=AGLGRPOConfig(str(tmp_path), **budget, **GRPO | dict(save_strategy="steps", save_steps=2)),
             train_dataset=prompts,
             processing_class=tokenizer,
             peft_config=lora(),
@@ -63,7 +64,11 @@ def test_run_is_protected_resumed_and_leaves_its_evidence(tmp_path, tokenizer, p
     trainer.save_model()
     report = DriftReport.from_pretrained(tmp_path)
     report.check_describes(tmp_path)
-    assert 0 < report.mean_relative_drift <= 1e-4 and report.budget_multiplier > 0
+    if "drift_budget" in budget:
+        assert 0 < report.mean_relative_drift <= 1e-4 and report.budget_multiplier > 0
+    else:
+        held = report.metadata["protected"]
+        assert held["scale"] < 1 and 0 < held["behaviours"]["alignment"]["kl"] <= 1e-6
     assert all("agl/penalty" in entry and "reward" in entry for entry in trainer.state.log_history if "loss" in entry)
     resumed = build()
     resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))

@@ -6,9 +6,10 @@ import pytest
 import torch
 from datasets import Dataset
 from peft import PeftModel, get_peft_model
+from safetensors.torch import load_file
 from transformers import TrainerCallback
 
-from agl_trl import AlignGuardConfig, DriftReport, FisherStatistics
+from agl_trl import AGLSFTConfig, AGLSFTTrainer, AlignGuardConfig, DriftReport, FisherStatistics
 from agl_trl.artifacts.files import sha256
 from agl_trl.data.alignment import tokenize_rows
 from agl_trl.fisher.reference_answers import ReferenceAnswers
@@ -17,7 +18,7 @@ from agl_trl.trainer.anchor import Anchor
 from agl_trl.trainer.gradients import add_capped, norm_of
 from agl_trl.trainer.protection import AIM, Protection, scaling
 from tests.helpers.models import chat_rows
-from tests.helpers.training import adapter_of, agl_trainer, lora, telling_model
+from tests.helpers.training import COMMON, adapter_of, agl_trainer, lora, telling_model
 
 
 @pytest.fixture(scope="module")
@@ -176,6 +177,30 @@ def test_at_the_end_the_kl_of_all_rows_is_within_the_budget(tmp_path, tokenizer,
     loaded = PeftModel.from_pretrained(telling_model(), tmp_path)
     assert published.kl(loaded)[:, 0].mean().item() == pytest.approx(told["kl"], rel=1e-4)
     assert all("agl/kl" in entry for entry in trainer.state.log_history if entry.get("step") in (1, 6))
+
+
+def test_the_best_checkpoint_is_what_is_held(tmp_path, tokenizer, opposite_rows, mixed_rows):
+    best = dict(save_strategy="steps", save_steps=3, eval_strategy="steps", eval_steps=3, load_best_model_at_end=True)
+    trainer = AGLSFTTrainer(
+        telling_model(),
+        AGLSFTConfig(str(tmp_path), kl_budget=0.02, **COMMON | FAST | best),
+        train_dataset=opposite_rows,
+        eval_dataset=mixed_rows.select_columns(
+            ["prompt", "completion"]
+        ),  # the first is the best: training goes away from them
+        processing_class=tokenizer,
+        peft_config=lora(),
+        alignment_dataset=mixed_rows,
+    )
+    trainer.train()
+    assert trainer.state.best_model_checkpoint.endswith("checkpoint-3") and trainer.state.global_step == 10
+    scale = trainer.align_guard.protection.scale
+    kl = trainer.align_guard.references.kl(trainer.model)[:, 0].mean().item()
+    assert 0 < scale < 1 and 0.95 * 0.02 <= kl <= 0.02
+    saved = load_file(tmp_path / "checkpoint-3" / "adapter_model.safetensors")
+    for name, value in adapter_of(trainer).items():
+        there = saved[name.replace(".default", "")]
+        torch.testing.assert_close(value, there if "lora_A" in name else scale * there, msg=name)
 
 
 def test_a_continued_adapter_is_drawn_back_to_where_it_started(tmp_path, tokenizer, opposite_rows, mixed_rows):
