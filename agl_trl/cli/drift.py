@@ -32,13 +32,14 @@ from ..data.alignment import driftcaps_requests
 from ..data.labels import unsafe_column
 from ..data.prompts import load_prompts
 from ..data.rows import questions_of
+from ..drift.gate import certain_already, hopeless
+from ..drift.gate import judge as judge_report
 from ..drift.html import write_page
 from ..drift.junit import write_junit
 from ..drift.plots import plot_drift
 from ..drift.report import DriftReport
 from ..drift.thresholds import Condition, check_measurable
-from ..drift.verdict import Outcome, certain_already, hopeless
-from ..drift.verdict import judge as judge_report
+from ..drift.verdict import Outcome
 from ..evaluation.answer_cache import AnswerCache
 from ..evaluation.behaviour import measure_behaviour
 from ..evaluation.judges import load_judge
