@@ -176,7 +176,12 @@ def prompts_to_pass(condition: Condition) -> int | None:
     room = condition.limit if ">" in condition.comparison else -condition.limit
     if room <= 0:
         return None
-    return 1 if room >= 1 else ceil(log(LEVEL) / log(1 - room))
+    needed = (
+        1 if room >= 1 else ceil(log(LEVEL) / log(1 - room))
+    )  # where nothing changes back; a few more where it may
+    while PairedRates(0, 0, needed).p_below(room) > LEVEL:
+        needed += 1
+    return needed
 
 
 def hopeless(conditions: Sequence[Condition], unsafe: Tensor) -> list[str]:

@@ -101,8 +101,7 @@ def write_page(
 
 
 def _percent(value: float) -> str:
-    text = f"{100 * value:.1f}"
-    return f"{text.removesuffix('.0')} %"
+    return f"{100 * value:.1f}".removesuffix(".0") + "\N{NO-BREAK SPACE}%"
 
 
 def rule_line(rule: RuleResult) -> Line | None:

@@ -16,6 +16,7 @@ RESAMPLES = 4999
 _NUISANCES = (
     np.sin(np.linspace(0, np.pi / 2, 128)) ** 2
 )  # where among the possible shares the worst case is looked for
+_BLOCK = 2**20  # numbers resampled at a time
 _TOLERANCE = 5e-4  # of the ends of an interval, and of the smallest change shown
 
 
@@ -221,12 +222,14 @@ class PairedMeans:
     def _resampled(self) -> np.ndarray:
         """Distances of resampled means from the mean, each in its own standard errors."""
         rng, count = np.random.default_rng(0), len(self.values)
-        means, errors = np.empty(RESAMPLES), np.empty(RESAMPLES)
-        for i in range(RESAMPLES):  # one by one: all at once are gigabytes for many prompts
-            drawn = self.values[rng.integers(0, count, count)]
-            means[i], errors[i] = drawn.mean(), drawn.std(ddof=1)
+        means, errors = [], []
+        for block in range(0, RESAMPLES, size := max(1, _BLOCK // count)):
+            drawn = self.values[rng.integers(0, count, (min(size, RESAMPLES - block), count))]
+            means.append(drawn.mean(1))
+            errors.append(drawn.std(1, ddof=1) / count**0.5)
         with np.errstate(divide="ignore", invalid="ignore"):
-            return np.nan_to_num((means - self.value) / (errors / count**0.5), nan=0.0, posinf=inf, neginf=-inf)
+            distances = (np.concatenate(means) - self.value) / np.concatenate(errors)
+        return np.nan_to_num(distances, nan=0.0, posinf=inf, neginf=-inf)
 
     def p_above(self, limit: float) -> float:
         if self.unasked or len(self.values) < 2:
