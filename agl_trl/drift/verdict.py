@@ -9,6 +9,9 @@ from ..evaluation.changes import LEVEL
 from .thresholds import Condition
 
 
+LONGEST_NAME = 80  # characters of a category
+
+
 class Outcome(StrEnum):
     """What is said of a rule, and of all of them together."""
 
@@ -88,9 +91,12 @@ class RuleResult:
         return broke or (list(self.slices[:1]) if self.outcome is Outcome.FAIL else [])
 
     def slice_lines(self) -> list[str]:
-        """These categories in words."""
+        """
+        These categories in words. Their names are others' choice: shown on one line, and never first on it, where the log of a CI
+        may read a command.
+        """
         return [
-            f"{part.category}: {part.detail}; "
+            f"in {''.join(c for c in ' '.join(part.category.split()) if c.isprintable())[:LONGEST_NAME]}: {part.detail}; "
             + (f"fails by itself (p {part.p_value:.2g})" if part.broke else "most of all, though not by itself")
             for part in self.shown_slices
         ]
