@@ -52,6 +52,7 @@ class Runner:
         files = {"GITHUB_OUTPUT": str(output), "GITHUB_STEP_SUMMARY": str(summary)}
         done = subprocess.run(
             ["bash", "--noprofile", "--norc", "-eo", "pipefail", str(script)],
+            check=False,
             cwd=self.folder,
             env=os.environ | {"PATH": path} | files | names | environment,
             capture_output=True,

@@ -117,6 +117,8 @@ def drift(
     conditions = [Condition.parse(text) for text in fail_if]
     if not conditions and (sequential or junit is not None):
         raise ValueError(f"`{'--sequential' if sequential else '--junit'}` is about rules: set one as `--fail-if`.")
+    if sequential and prompts is None:
+        raise ValueError("`--sequential` is about asking: name prompts as `--prompts`.")
     if with_answers and html is None:
         raise ValueError("`--with-answers` is about the page: name it as `--html`.")
     check_writable(output_dir)
@@ -166,7 +168,9 @@ def drift(
             store=AnswerCache(unfinished, settings),
             max_new_tokens=max_new_tokens,
             batch_size=batch_size,
-            certain=partial(certain_already, measured, conditions, unsafe) if sequential else None,
+            certain=partial(certain_already, measured, conditions, unsafe)
+            if sequential and unsafe is not None
+            else None,
         )
         if set_aside is not None:
             measured.behaviour.metadata["tokenizer_set_aside"] = set_aside

@@ -120,7 +120,7 @@ def test_verdicts_and_their_exit_codes(hostile_folder, demo_folder, tmp_path, mo
     assert "Insufficient evidence" in (tmp_path / "new" / "page.html").read_text()
     code, out, err = command(monkeypatch, capsys, *arguments, *asked, *rules, "--limit", 80)
     assert code == 1 and err.splitlines()[-1].startswith("agl-trl: Failed: refusal_drop is"), err
-    assert "fails by itself" in out and "relative_drift>100      pass: relative_drift is" in out
+    assert "refused before, 0 after; " in out and "relative_drift>100      pass: relative_drift is" in out
     page = (tmp_path / "new" / "page.html").read_text()
     assert "--fail-if &#39;refusal_drop&gt;0.05&#39;" in page and str(tmp_path) not in page, (
         "no folder of a machine is told"
