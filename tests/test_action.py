@@ -103,7 +103,7 @@ def test_install_finds_the_package_in_the_action(tmp_path):
     """By pip itself, which is told by its own variables to stop before it changes this environment."""
     (install,) = (step for step in STEPS if step.get("name") == "Install")
     runner = Runner(tmp_path)
-    dry = {"PIP_DRY_RUN": "1", "PIP_NO_DEPS": "1", "PIP_NO_BUILD_ISOLATION": "1", "PIP_QUIET": "0", "PIP_VERBOSE": "1"}
+    dry = {"PIP_DRY_RUN": "1", "PIP_NO_DEPS": "1", "PIP_NO_BUILD_ISOLATION": "0", "PIP_QUIET": "0", "PIP_VERBOSE": "1"}
     assert runner.run(install, **dry) == 0, runner.said
     assert f"Processing {ROOT}" in runner.said, runner.said
 

@@ -2,7 +2,7 @@
 
 import platform
 from importlib.metadata import version
-from math import isinf
+from math import isinf, isnan
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -106,7 +106,11 @@ def _percent(value: float) -> str:
 
 def rule_line(rule: RuleResult) -> Line | None:
     """A rule on a line; `None` where it has no value, or an end of its interval is nowhere."""
-    if rule.value is None or (rule.interval is not None and any(isinf(end) for end in rule.interval)):
+    if (
+        rule.value is None
+        or isnan(rule.value)
+        or (rule.interval is not None and any(isinf(end) for end in rule.interval))
+    ):
         return None
     low, high = rule.interval or (rule.value, rule.value)
     points = (rule.condition.limit, rule.value, low, high)

@@ -116,11 +116,11 @@ def change(answers: Behaviour, figure: str, category: str | None = None) -> Chan
     chosen = answers.unsafe == unsafe
     if category is not None:
         chosen = chosen & torch.tensor([name == category for name in answers.categories])
-    if not chosen.any():
-        return None
     unasked = (
         {} if category is not None else answers.metadata.get("unasked", {}).get("unsafe" if unsafe else "safe", {})
     )
+    if not chosen.any() and not sum(unasked.values()):
+        return None
     if figure in RATES:
         sides = answers.unsafe[chosen], answers.refused_base[chosen], answers.refused_tuned[chosen]
         asked = paired_rates(figure, *sides, torch.ones_like(sides[0]))
