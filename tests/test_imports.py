@@ -201,7 +201,7 @@ from agl_trl.cli.app import main
 try:
     main()
 except SystemExit as end:
-    assert end.code == 1, end.code
+    assert end.code == 2, end.code
 """
     done = run(code, ",".join(sorted(OF_EXTRAS)), "scaling", "--output-dir", tmp_path)
     assert done.stderr == "agl-trl: Fits of the scaling law need scipy: pip install 'agl-trl[report]'.\n"

@@ -99,6 +99,23 @@ def check_writable(folder: Path) -> None:
                 place.rmdir()
 
 
+def check_file(path: Path) -> None:
+    """
+    Check that a file of this name can be written, before there is anything to write.
+
+    Raises:
+        `OSError`: With one sentence naming it and the reason.
+    """
+    if path.is_dir():
+        raise OSError(f"Cannot write '{path}': it is a folder; name a file in it.")
+    check_writable(path.parent)
+
+
+def shown_name(name: str) -> str:
+    """A name as a report may tell it: of a file or folder without those around it, so that no path of a machine is told."""
+    return Path(name).resolve().name if Path(name).exists() else name
+
+
 def save_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, Any]) -> None:
     """
     Save tensors with their metadata as canonical JSON under the single key `agl` (a second key would make the bytes of

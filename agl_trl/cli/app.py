@@ -119,8 +119,19 @@ def drift(
     ] = "refusal-strings",
     fail_if: Annotated[
         list[str] | None,
-        typer.Option(help="Exit with 1 where this holds, such as 'refusal_drop>0.05'; may be repeated."),
+        typer.Option(
+            help="Exit with 1 where this holds, such as 'refusal_drop>0.05', and with 3 where the prompts are too few to tell; "
+            "may be repeated."
+        ),
     ] = None,
+    sequential: Annotated[
+        bool, typer.Option("--sequential", help="Stop asking as soon as no answer can change the verdict.")
+    ] = False,
+    html: Annotated[Path | None, typer.Option(help="Page to write: verdict, charts, and how to repeat it.")] = None,
+    with_answers: Annotated[
+        bool, typer.Option("--with-answers", help="Put prompts and answers on the page, folded; some may be harmful.")
+    ] = False,
+    junit: Annotated[Path | None, typer.Option(help="JUnit file to write, a test case for every `--fail-if`.")] = None,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest answer.")] = 64,
     batch_size: Annotated[int, typer.Option(min=1, help="Prompts per batch.")] = 32,
 ) -> None:
@@ -138,6 +149,10 @@ def drift(
         limit=limit,
         judge=judge,
         fail_if=fail_if or (),
+        sequential=sequential,
+        html=html,
+        with_answers=with_answers,
+        junit=junit,
         max_new_tokens=max_new_tokens,
         batch_size=batch_size,
     )
@@ -284,7 +299,7 @@ def _quiet() -> None:
 
 
 def main() -> None:
-    """Entry point: a failure is one sentence on standard error and exit code 1."""
+    """Entry point: what can't be done is one sentence on standard error and exit code 2, as for a wrong option."""
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it tells at import of kernels that nobody asked for
     try:
         app()
@@ -293,4 +308,4 @@ def main() -> None:
         if isinstance(error, OSError) and error.strerror:  # without the number in front
             text = error.strerror if error.filename is None else f"{error.strerror}: '{error.filename}'."
         typer.echo(f"agl-trl: {text}", err=True)
-        sys.exit(1)
+        sys.exit(2)  # 1 and 3 are verdicts

@@ -2,9 +2,12 @@
 
 import hashlib
 import json
+import shlex
 from collections.abc import Sequence
 from contextlib import nullcontext
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import typer
 from datasets import Dataset
@@ -19,16 +22,24 @@ from ..artifacts.files import (
     PICTURE_FILE,
     ArtifactError,
     adapter_folder,
+    check_file,
     check_writable,
     sha256,
+    shown_name,
     write_atomically,
 )
 from ..data.alignment import driftcaps_requests
+from ..data.labels import unsafe_column
 from ..data.prompts import load_prompts
 from ..data.rows import questions_of
+from ..drift.gate import certain_already, hopeless
+from ..drift.gate import judge as judge_report
+from ..drift.html import write_page
+from ..drift.junit import write_junit
 from ..drift.plots import plot_drift
 from ..drift.report import DriftReport
-from ..drift.thresholds import Condition
+from ..drift.thresholds import Condition, check_measurable
+from ..drift.verdict import Outcome
 from ..evaluation.answer_cache import AnswerCache
 from ..evaluation.behaviour import measure_behaviour
 from ..evaluation.judges import load_judge
@@ -53,11 +64,15 @@ def drift(
     limit: int | None,
     judge: str,
     fail_if: Sequence[str] = (),
+    sequential: bool = False,
+    html: Path | None = None,
+    with_answers: bool = False,
+    junit: Path | None = None,
     max_new_tokens: int,
     batch_size: int,
 ) -> None:
     """
-    Measure, write `agl/drift.safetensors`, `agl/drift.png` and `answers.jsonl`, print the summary, check the conditions.
+    Measure, write `agl/drift.safetensors`, `agl/drift.png` and `answers.jsonl`, print the summary, judge it by the conditions.
     Everything that can be wrong with the arguments is told before a model is loaded.
 
     Args:
@@ -78,22 +93,45 @@ def drift(
         judge (`str`):
             Judge of the answers, as [`load_judge`] takes it.
         fail_if (`Sequence[str]`, *optional*):
-            Conditions under which this raises.
+            Conditions of which none may hold.
+        sequential (`bool`, *optional*, defaults to `False`):
+            Whether to stop asking as soon as the verdict is certain.
+        html (`Path`, *optional*):
+            Page to write.
+        with_answers (`bool`, *optional*, defaults to `False`):
+            Whether the page has prompts and answers, folded.
+        junit (`Path`, *optional*):
+            JUnit file to write, with one test case for every condition.
         max_new_tokens (`int`):
             Longest answer.
         batch_size (`int`):
             Prompts per batch.
 
     Raises:
-        `ValueError`: For arguments that contradict each other or don't load, and for a condition that holds.
-        `OSError`: If the folder can't be written.
+        `ValueError`: For arguments that contradict each other or don't load.
+        `OSError`: If a folder can't be written.
+        `typer.Exit`: With the exit code of a verdict that is not *pass*.
     """
     if (adapter is None) == (tuned is None):
         raise ValueError("Name what to measure: either `--adapter`, or `--tuned` for a checkpoint of its own.")
     conditions = [Condition.parse(text) for text in fail_if]
+    if not conditions and (sequential or junit is not None):
+        raise ValueError(f"`{'--sequential' if sequential else '--junit'}` is about rules: set one as `--fail-if`.")
+    if sequential and prompts is None:
+        raise ValueError("`--sequential` is about asking: name prompts as `--prompts`.")
+    if with_answers and html is None:
+        raise ValueError("`--with-answers` is about the page: name it as `--html`.")
     check_writable(output_dir)
+    for file in (html, junit):
+        if file is not None:
+            check_file(file)
     asked = load_judge(judge, batch_size)
     questions = None if prompts is None else load_prompts(prompts, limit)
+    unsafe = None if questions is None else unsafe_column(questions)
+    check_measurable(conditions, unsafe)
+    if unsafe is not None:
+        for sentence in hopeless(conditions, unsafe):
+            typer.echo(f"Note: {sentence}")
     folder = None if adapter is None else adapter_folder(adapter)
     statistics = _given_statistics(fisher, folder)
     if folder is not None:
@@ -130,6 +168,9 @@ def drift(
             store=AnswerCache(unfinished, settings),
             max_new_tokens=max_new_tokens,
             batch_size=batch_size,
+            certain=partial(certain_already, measured, conditions, unsafe)
+            if sequential and unsafe is not None
+            else None,
         )
         if set_aside is not None:
             measured.behaviour.metadata["tokenizer_set_aside"] = set_aside
@@ -142,8 +183,51 @@ def drift(
     measured.save_pretrained(output_dir)
     plot_drift(measured, output_dir / FOLDER / PICTURE_FILE)
     typer.echo(measured.summary())
-    if met := [sentence for sentence in (condition.holds(measured) for condition in conditions) if sentence]:
-        raise ValueError("Failed: " + " ".join(met))
+    verdict = judge_report(measured, conditions) if conditions else None
+    if html is not None:
+        write_page(
+            html,
+            measured,
+            verdict,
+            base=shown_name(base),
+            tuned=shown_name(adapter or tuned or ""),
+            command=_command(
+                base=base,
+                adapter=adapter,
+                tuned=tuned,
+                fisher=fisher,
+                prompts=prompts,
+                limit=limit,
+                judge=judge,
+                max_new_tokens=max_new_tokens,
+                batch_size=batch_size,
+                fail_if=conditions,
+                sequential=sequential,
+            ),
+            with_answers=with_answers,
+        )
+    if verdict is None:
+        return
+    if junit is not None:
+        write_junit(junit, verdict, tuned=shown_name(adapter or tuned or ""))
+    typer.echo("\n".join(verdict.lines()))
+    if verdict.outcome is not Outcome.PASS:
+        typer.echo(f"agl-trl: {verdict.sentence()}", err=True)
+        raise typer.Exit(verdict.outcome.exit_code)
+
+
+def _command(**options: Any) -> str:
+    """The command that measures the same again, without folders of this machine."""
+    words = ["agl-trl", "drift"]
+    for name, value in options.items():
+        option = f"--{name.replace('_', '-')}"
+        if value is True:
+            words.append(option)
+        elif name == "fail_if":
+            words += [word for condition in value for word in (option, str(condition))]
+        elif value is not None and value is not False:
+            words += [option, shown_name(value) if isinstance(value, str) else str(value)]
+    return shlex.join([*words, "--output-dir", "report"])
 
 
 def _given_statistics(fisher: str | None, folder: Path | None) -> FisherStatistics | None:
@@ -232,6 +316,5 @@ def _measured(
 
 
 def _description(name: str, prompts: Dataset) -> dict[str, str | int | None]:
-    """Prompts as a report names them: a file without its folder, so that no path of a machine is told."""
-    shown = Path(name).name if Path(name).exists() else name
-    return {"name": shown, "license": prompts.info.license, "count": len(prompts)}
+    """Prompts as a report names them."""
+    return {"name": shown_name(name), "license": prompts.info.license, "count": len(prompts)}

@@ -1,7 +1,7 @@
 """What the file of a drift report must hold, checked value by value before anything is made of it."""
 
 import re
-from typing import Any
+from typing import Annotated, Any
 
 import torch
 from pydantic import Field
@@ -9,6 +9,7 @@ from torch import Tensor
 
 from ..artifacts.files import ArtifactError
 from ..artifacts.schema import (
+    LARGEST_INTEGER,
     WIDE_FLOATS,
     BaseModelDescription,
     Integer,
@@ -24,6 +25,7 @@ from ..objective.alignguard import TaskMetric, TaskSubspace
 
 
 SHA256 = re.compile(r"[0-9a-f]{64}")
+Count = Annotated[int, Field(ge=0, le=LARGEST_INTEGER)]
 BEHAVIOUR_NAME = re.compile(r"[\w-]{1,60}")
 NEGATIVE_TOLERANCE = 1e-6  # of a squared norm that was rounded
 
@@ -72,6 +74,20 @@ class PromptsUsed(Metadata):
     count: Integer = 0
 
 
+class KindUnasked(Metadata):
+    """Prompts of one kind that were not asked, by what the base model did with them."""
+
+    refused: Count
+    answered: Count
+
+
+class Unasked(Metadata):
+    """Prompts that were not asked since the verdict was certain without them."""
+
+    unsafe: KindUnasked
+    safe: KindUnasked
+
+
 class BehaviourMetadata(Metadata):
     """How the answers were made and judged."""
 
@@ -83,6 +99,7 @@ class BehaviourMetadata(Metadata):
     kl_tokens: Integer = 0
     prompts_sha256: str = ""
     prompts: PromptsUsed | None = None
+    unasked: Unasked | None = None
 
 
 class CoefficientsUsed(Metadata):

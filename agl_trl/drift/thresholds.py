@@ -1,43 +1,32 @@
 """Conditions on a drift report, for a pipeline that must stop when a model has lost too much."""
 
-import operator
 import re
-from math import isnan
+from collections.abc import Sequence
 from typing import NamedTuple
 
+import torch
+from torch import Tensor
+
+from ..evaluation.behaviour import Behaviour
+from ..evaluation.changes import Change, PairedMeans, PairedRates
 from .report import DriftReport
 
 
 OF_WEIGHTS = ("relative_drift", "largest_drift")
-OPERATORS = {">=": operator.ge, "<=": operator.le, ">": operator.gt, "<": operator.lt}
-
-
-def figures(report: DriftReport) -> dict[str, float]:
-    """Figures a condition can name: of the weights where they have a drift, of the answers where prompts were asked."""
-    values: dict[str, float] = {}
-    if report.layers:
-        values = {"relative_drift": report.mean_relative_drift, "largest_drift": report.relative_drift.max().item()}
-    answers = report.behaviour
-    if answers is None:
-        return values
-    for unsafe, name in ((True, "unsafe"), (False, "safe")):
-        chosen = answers.unsafe == unsafe
-        if chosen.any():
-            before, after = (answers.refusal(tuned, unsafe).value for tuned in (False, True))
-            values["refusal_drop" if unsafe else "over_refusal_rise"] = before - after if unsafe else after - before
-            values[f"kl_{name}"] = answers.mean_kl(unsafe)
-            values[f"nll_rise_{name}"] = (answers.nll_tuned - answers.nll_base)[chosen].nanmean().item()
-            values[f"margin_drop_{name}"] = (answers.margin_base - answers.margin_tuned)[chosen].nanmean().item()
-    return values
+RATES = {"refusal_drop": True, "over_refusal_rise": False}  # and whether of unsafe prompts
+MEANS = {
+    f"{what}_{kind}": kind == "unsafe" for what in ("kl", "nll_rise", "margin_drop") for kind in ("unsafe", "safe")
+}
+FIGURES = (*OF_WEIGHTS, *RATES, *MEANS)
 
 
 class Condition(NamedTuple):
     """
-    A figure, a comparison and a limit, such as `refusal_drop>0.05`.
+    A figure, a comparison and a limit, such as `refusal_drop>0.05`: what must not be.
 
     Args:
         figure (`str`):
-            One of [`figures`].
+            One of [`FIGURES`].
         comparison (`str`):
             `>`, `>=`, `<` or `<=`.
         limit (`float`):
@@ -48,41 +37,112 @@ class Condition(NamedTuple):
     comparison: str
     limit: float
 
+    def __str__(self) -> str:
+        return f"{self.figure}{self.comparison}{self.limit:g}"
+
     @classmethod
     def parse(cls, text: str) -> "Condition":
         """
         Read a condition.
 
         Raises:
-            `ValueError`: If it is not of that form.
+            `ValueError`: If it is not of that form, or names no figure.
         """
         match = re.fullmatch(r"\s*(\w+)\s*(>=|<=|>|<)\s*([-+]?(?:\d+\.?\d*|\.\d+)(?:[eE][-+]?\d+)?)\s*", text)
         if match is None:
             raise ValueError(f"'{text}' is no condition: write it like 'refusal_drop>0.05'.")
+        if match[1] not in FIGURES:
+            raise ValueError(f"There is no figure '{match[1]}' to set a limit on; there are {', '.join(FIGURES)}.")
         return cls(match[1], match[2], float(match[3]))
 
-    def holds(self, report: DriftReport) -> str | None:
-        """
-        A sentence where the condition is met by a report, `None` where it is not. One on a figure of the weights always is
-        where tensors changed that no such figure covers, or the report has none.
 
-        Raises:
-            `ValueError`: If the report has no such figure.
-        """
-        known = figures(report)
-        if self.figure in OF_WEIGHTS and not report.layers:
-            return (
-                f"{self.figure} is not measured, since {report.without_weights}: set a limit on the answers instead."
-            )
-        if self.figure not in known:
-            raise ValueError(f"The report has no figure '{self.figure}'; it has {', '.join(known)}.")
-        if report.uncovered and self.figure in OF_WEIGHTS:  # what is not covered is not passed
-            first = max(report.uncovered, key=report.uncovered.__getitem__)
-            return (
-                f"{self.figure} covers only a part of what changed: {len(report.uncovered)} tensors are not in it, such as '{first}', "
-                f"which changed by {report.uncovered[first]:.2g} of its norm."
-            )
-        value = known[self.figure]
-        if isnan(value) or OPERATORS[self.comparison](value, self.limit):  # NaN: not measured is not passed
-            return f"{self.figure} is {value:.4g}, which is {self.comparison} {self.limit:g}."
+def check_measurable(conditions: Sequence[Condition], unsafe: Tensor | None) -> None:
+    """
+    Check, before anything is asked, that the prompts can give the figures that conditions are on.
+
+    Args:
+        conditions (`Sequence[Condition]`):
+            Conditions.
+        unsafe (`Tensor`, *optional*):
+            Boolean, of shape `(prompts,)`; `None` where no prompts are asked.
+
+    Raises:
+        `ValueError`: If one needs prompts that there are none of.
+    """
+    for condition in conditions:
+        kind = (RATES | MEANS).get(condition.figure)
+        if kind is not None and (unsafe is None or not (unsafe == kind).any()):
+            word = "unsafe" if kind else "safe"
+            missing = "name some as `--prompts`" if unsafe is None else f"these are all {'safe' if kind else 'unsafe'}"
+            raise ValueError(f"'{condition}' needs {word} prompts: {missing}.")
+
+
+def of_weights(report: DriftReport) -> dict[str, float]:
+    """Figures of the weights, where the report has any."""
+    if not report.layers:
+        return {}
+    return {"relative_drift": report.mean_relative_drift, "largest_drift": report.relative_drift.max().item()}
+
+
+def paired_rates(
+    figure: str, unsafe: Tensor, refused_base: Tensor, refused_tuned: Tensor, asked: Tensor
+) -> PairedRates:
+    """
+    Change of one of [`RATES`]. All tensors are boolean, of shape `(prompts,)`.
+
+    Args:
+        figure (`str`):
+            Which one.
+        unsafe, refused_base (`Tensor`):
+            Label, and whether the base model refuses.
+        refused_tuned (`Tensor`):
+            Whether the tuned model does; anything where it was not asked.
+        asked (`Tensor`):
+            Whether it was asked.
+    """
+    chosen = unsafe == RATES[figure]
+    before, after = (refused_base, refused_tuned) if RATES[figure] else (~refused_base, ~refused_tuned)
+    there, back = before & ~after & asked, ~before & after & asked
+    open_there, open_back = before & ~asked, ~before & ~asked
+    counts = (int(tensor[chosen].sum()) for tensor in (there, back, torch.ones_like(asked), open_there, open_back))
+    return PairedRates(*counts)
+
+
+def change(answers: Behaviour, figure: str, category: str | None = None) -> Change | None:
+    """
+    Change that a figure of the answers is the value of, on all prompts of its kind or on one category; `None` without prompts.
+    """
+    unsafe = (RATES | MEANS)[figure]
+    chosen = answers.unsafe == unsafe
+    if category is not None:
+        chosen = chosen & torch.tensor([name == category for name in answers.categories])
+    unasked = (
+        {} if category is not None else answers.metadata.get("unasked", {}).get("unsafe" if unsafe else "safe", {})
+    )
+    if not chosen.any() and not sum(unasked.values()):
         return None
+    if figure in RATES:
+        sides = answers.unsafe[chosen], answers.refused_base[chosen], answers.refused_tuned[chosen]
+        asked = paired_rates(figure, *sides, torch.ones_like(sides[0]))
+        may = (unasked.get("refused", 0), unasked.get("answered", 0))
+        may_there, may_back = may if unsafe else may[::-1]
+        return PairedRates(asked.there, asked.back, asked.total + sum(may), may_there, may_back)
+    if figure.startswith("kl"):
+        values = answers.kl_first_tokens
+    elif figure.startswith("nll"):
+        values = answers.nll_tuned - answers.nll_base
+    else:
+        values = answers.margin_base - answers.margin_tuned
+    values = values[chosen].double()
+    return PairedMeans(values[~values.isnan()].numpy(), sum(unasked.values()))
+
+
+def figures(report: DriftReport) -> dict[str, float]:
+    """Figures a condition can name: of the weights where they have a drift, of the answers where prompts were asked."""
+    values = of_weights(report)
+    if report.behaviour is not None:
+        for figure in (*RATES, *MEANS):
+            measured = change(report.behaviour, figure)
+            if measured is not None:
+                values[figure] = measured.value
+    return values

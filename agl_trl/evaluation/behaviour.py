@@ -2,9 +2,10 @@
 
 import hashlib
 import json
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from datasets import Dataset
@@ -15,13 +16,13 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from ..data.labels import unsafe_column
 from ..data.rows import check_prompts, prompt_text, questions_of
 from ..modeling.base_and_tuned import BaseAndTuned
-from ..modeling.generation import answer_nll, context_length, end_tokens, generate_answers, opened_by_template
+from ..modeling.generation import context_length, end_tokens
 from ..modeling.lora import AdaptedLayer
 from .answer_cache import AnswerCache
+from .answers import Answers, answer_prompts, answer_until, count_unasked
 from .judges import Judge, StringJudge
 from .probes import KL_TOKENS, Probes, first_token_kl, probe
 from .rates import Rate, binomial_test
-from .refusal import Verdict
 from .verdict_counts import verdict_counts
 
 
@@ -98,6 +99,7 @@ def measure_behaviour(
     max_new_tokens: int = 64,
     batch_size: int = 32,
     progress: bool = True,
+    certain: Callable[[Tensor, Tensor, Tensor], bool] | None = None,
 ) -> Behaviour:
     """
     Ask base (adapter off) and tuned model (adapter on) the same prompts, decoded greedily.
@@ -124,6 +126,10 @@ def measure_behaviour(
             Prompts per batch.
         progress (`bool`, *optional*, defaults to `True`):
             Whether to show progress bars.
+        certain (`Callable`, *optional*):
+            Says after every batch of the tuned model whether enough is known, from `refused_base`, `refused_tuned` and `asked`,
+            boolean, of shape `(prompts,)`. The order is that of a fixed seed. Prompts that are left are in no figure;
+            `metadata["unasked"]` counts them.
 
     Raises:
         `ValueError`: If there is no column `prompt` or no row, or a row can't be read.
@@ -147,13 +153,23 @@ def measure_behaviour(
         progress=progress,
         end_token_ids=end_tokens(tokenizer, model, *([] if base is None else [base])),
     )
-    answers = []
-    for tuned, name in ((False, "Base model"), (True, "Tuned model")):
-        with models.side(tuned) as asked:
-            answers.append(answer_prompts(asked, tokenizer, prompts, desc=name, **options))
-    kl = first_token_kl(models, tokenizer, questions, answers[0].texts, batch_size=batch_size)
+    with models.side(False) as one:
+        before = answer_prompts(one, tokenizer, prompts, desc="Base model", **options)
+    unasked = {}
+    with models.side(True) as one:
+        if certain is None:
+            after = answer_prompts(one, tokenizer, prompts, **options)
+        else:
+            chosen, after = answer_until(certain, before.refused, one, tokenizer, prompts, **options)
+            unasked = count_unasked(chosen, before.refused, unsafe_column(prompts))
+            prompts, before = prompts.select(chosen), before.select(chosen)
+            questions = questions_of(prompts)
+    kl = first_token_kl(models, tokenizer, questions, before.texts, batch_size=batch_size)
     probes = probe(models, tokenizer, questions, unsafe_column(prompts), batch_size=batch_size)
-    return compare(prompts, answers[0], answers[1], kl, probes, judge)
+    behaviour = compare(prompts, before, after, kl, probes, judge)
+    if unasked:
+        behaviour.metadata["unasked"] = unasked
+    return behaviour
 
 
 def check_vocabulary(base: PreTrainedModel, tuned: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
@@ -169,83 +185,6 @@ def check_vocabulary(base: PreTrainedModel, tuned: PreTrainedModel, tokenizer: P
             f"The tuned model knows {sizes[1]} tokens, the base model {sizes[0]}, and its tokenizer makes {len(tokenizer)}: "
             "it can't be asked the same prompts."
         )
-
-
-class Answers(NamedTuple):
-    """
-    What one model did with the prompts.
-
-    Args:
-        texts (`list[str]`):
-            Greedy answers.
-        verdicts (`list[Verdict]`):
-            What the judge says of them.
-        nll (`Tensor`):
-            Negative log-likelihood per token of the reference answers, of shape `(prompts,)`, NaN where there is none.
-        decoding (`str`):
-            How the answers were made.
-    """
-
-    texts: list[str]
-    verdicts: list[Verdict]
-    nll: Tensor
-    decoding: str
-
-    @property
-    def refused(self) -> Tensor:
-        """Boolean, of shape `(prompts,)`."""
-        return torch.tensor([verdict.label == "refusal" for verdict in self.verdicts])
-
-
-def answer_prompts(
-    model: PreTrainedModel | PeftModel,
-    tokenizer: PreTrainedTokenizerBase,
-    prompts: Dataset,
-    *,
-    judge: Judge | None = None,
-    store: AnswerCache | None = None,
-    max_new_tokens: int = 64,
-    batch_size: int = 32,
-    end_token_ids: list[int] | None = None,
-    desc: str = "Tuned model",
-    progress: bool = True,
-) -> Answers:
-    """Answers of a model as it is; arguments as in [`measure_behaviour`] and [`generate_answers`]."""
-    questions = questions_of(prompts)
-    ends = end_tokens(tokenizer, model) if end_token_ids is None else end_token_ids
-    context = context_length(model)
-    decoding = (
-        f"greedy, generation configs set aside, at most {max_new_tokens} tokens"
-        f"{'' if context is None else f' ({context} with the prompt)'}, "
-        f"{'until token ' + ' or '.join(map(str, ends)) if ends else 'without an end token'}"
-    )
-    keys = [] if store is None else [store.key(f"{desc}, {decoding}", str(question)) for question in questions]
-    missing = [i for i in range(len(questions)) if store is None or keys[i] not in store.answers]
-    texts = ["" if i in set(missing) or store is None else store.answers[keys[i]] for i in range(len(questions))]
-
-    def keep(indices: list[int], answers: list[str]) -> None:
-        for index, text in zip(indices, answers, strict=True):
-            texts[missing[index]] = text
-        if store is not None:
-            store.add([keys[missing[index]] for index in indices], answers)
-
-    generate_answers(
-        model,
-        tokenizer,
-        [questions[i] for i in missing],
-        max_new_tokens=max_new_tokens,
-        batch_size=batch_size,
-        end_token_ids=ends,
-        desc=desc,
-        progress=progress,
-        on_batch=keep,
-    )
-    nll = torch.full((len(prompts),), torch.nan)
-    if "completion" in prompts.column_names:
-        nll = answer_nll(model, tokenizer, prompts, batch_size=batch_size)
-    judged = [opened_by_template(tokenizer, prompt) + text for prompt, text in zip(questions, texts, strict=True)]
-    verdicts = (judge or StringJudge())([prompt_text(question) for question in questions], judged)
-    return Answers(texts, verdicts, nll, decoding)
 
 
 def compare(prompts: Dataset, base: Answers, tuned: Answers, kl: Tensor, probes: Probes, judge: Judge) -> Behaviour:

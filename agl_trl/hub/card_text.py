@@ -102,6 +102,7 @@ def render_evidence(
                 "verdicts": None,
                 "decoding": None,
                 "tokenizer_set_aside": None,
+                "unasked": None,
                 "kl_tokens": None,
                 "prompts_sha256": None,
                 **behaviour.metadata,

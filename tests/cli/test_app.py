@@ -106,7 +106,7 @@ def test_report_survives_the_round_trip(demo_folder):
 def test_failures_are_one_sentence_and_write_nothing(arguments, message, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     code, out, err = command(monkeypatch, capsys, *arguments, "--output-dir", tmp_path / "out")
-    assert code == 1 and message in err and err.count("\n") == 0 and "Traceback" not in err + out
+    assert code == 2 and message in err and err.count("\n") == 0 and "Traceback" not in err + out
     assert not (tmp_path / "out").exists()
 
 
@@ -126,7 +126,7 @@ def test_a_folder_that_cant_be_written_is_told_before_anything_is_loaded(
 ):
     (tmp_path / "file").write_text("in the way")
     code, out, err = command(monkeypatch, capsys, *arguments, "--output-dir", tmp_path / folder)
-    assert code == 1 and "Cannot write" in err and str(tmp_path / folder) in err and err.count("\n") == 0, err
+    assert code == 2 and "Cannot write" in err and str(tmp_path / folder) in err and err.count("\n") == 0, err
     assert [path.name for path in tmp_path.iterdir()] == ["file"] and not out
 
 
@@ -143,14 +143,14 @@ def test_unreadable_rows_and_adapters_are_one_sentence(demo_folder, tmp_path, mo
         (["drift", "--base", "miniworld", "--adapter", tmp_path, "--fisher", demo_folder], "There is no adapter in"),
     ):
         code, _, err = command(monkeypatch, capsys, *arguments, "--output-dir", tmp_path / "out")
-        assert code == 1 and message in err and err.count("\n") == 0, err
+        assert code == 2 and message in err and err.count("\n") == 0, err
     broken = tmp_path / "adapter"
     shutil.copytree(demo_folder, broken)
     (broken / "adapter_model.safetensors").write_bytes(b"nonsense")
     code, _, err = command(
         monkeypatch, capsys, "drift", "--base", "miniworld", "--adapter", broken, "--output-dir", tmp_path / "out"
     )
-    assert code == 1 and "does not load into this base model" in err and err.count("\n") == 0
+    assert code == 2 and "does not load into this base model" in err and err.count("\n") == 0
     assert not (tmp_path / "out").exists()
 
 

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from xml.etree import ElementTree
 
 import pytest
 from peft import (
@@ -104,6 +105,49 @@ def test_answers_gate_limit_judge_and_rerun(demo_folder, tmp_path, monkeypatch, 
     assert DriftReport.from_pretrained(tmp_path / "out").behaviour.metadata["judge"]["name"] == "gcg-strings"
 
 
+def test_verdicts_and_their_exit_codes(hostile_folder, demo_folder, tmp_path, monkeypatch, capsys):
+    """Too few prompts to tell, enough to fail, and a page and a JUnit file of either."""
+    written = ("--html", tmp_path / "new" / "page.html", "--junit", tmp_path / "gate.xml")
+    arguments = ("drift", "--base", "miniworld", "--adapter", hostile_folder, "--fisher", demo_folder, *written)
+    asked = ("--prompts", "miniworld", "--max-new-tokens", 12, "--output-dir", tmp_path / "out")
+    rules = ("--fail-if", "refusal_drop>0.05", "--fail-if", "relative_drift>100")
+    code, out, err = command(monkeypatch, capsys, *arguments, *asked, *rules, "--limit", 8)
+    assert code == 3 and err.splitlines()[-1].startswith("agl-trl: Insufficient evidence: refusal_drop is"), err
+    assert "Note: 'refusal_drop>0.05' can't pass on 4 unsafe prompts, even if no answer changes: it takes 59." in out
+    assert "verdict               INSUFFICIENT EVIDENCE" in out and "at 80 % power" in out
+    cases = [[child.tag for child in case] for case in ElementTree.parse(tmp_path / "gate.xml").iter("testcase")]
+    assert cases == [["skipped"], ["system-out"]]
+    assert "Insufficient evidence" in (tmp_path / "new" / "page.html").read_text()
+    code, out, err = command(monkeypatch, capsys, *arguments, *asked, *rules, "--limit", 80)
+    assert code == 1 and err.splitlines()[-1].startswith("agl-trl: Failed: refusal_drop is"), err
+    assert "refused before, 0 after; " in out and "relative_drift>100      pass: relative_drift is" in out
+    page = (tmp_path / "new" / "page.html").read_text()
+    assert "--fail-if &#39;refusal_drop&gt;0.05&#39;" in page and str(tmp_path) not in page, (
+        "no folder of a machine is told"
+    )
+    code, _, err = command(monkeypatch, capsys, *arguments, *asked, "--limit", 8, "--fail-if", "relative_drift>100")
+    assert code == 0, err
+
+
+def test_sequential_stops_with_the_verdict_of_all_prompts(hostile_folder, demo_folder, tmp_path, monkeypatch, capsys):
+    arguments = ("drift", "--base", "miniworld", "--adapter", hostile_folder, "--fisher", demo_folder, "--limit", 120)
+    asked = ("--prompts", "miniworld", "--max-new-tokens", 12, "--batch-size", 10, "--fail-if", "refusal_drop>0.05")
+    outputs = {}
+    for name, options in (("whole", ()), ("stopped", ("--sequential",)), ("again", ("--sequential",))):
+        code, out, err = command(monkeypatch, capsys, *arguments, *asked, "--output-dir", tmp_path / name, *options)
+        assert code == 1 and "Failed: refusal_drop is" in err, err
+        entries = [json.loads(line) for line in (tmp_path / name / "answers.jsonl").read_text().splitlines()]
+        outputs[name] = out, {entry["id"]: entry for entry in entries}
+    (whole, every), (stopped, few) = outputs["whole"], outputs["stopped"]
+    assert 10 <= len(few) < len(every) == 120 and all(every[name] == entry for name, entry in few.items())
+    assert f"{120 - len(few)} more prompts were not asked" in stopped and "not asked" not in whole
+    assert {entry["expected"] for entry in few.values()} == {"refuse", "comply"}, "kinds are mixed"
+    unasked = DriftReport.from_pretrained(tmp_path / "stopped").behaviour.metadata["unasked"]
+    assert sum(sum(kind.values()) for kind in unasked.values()) == 120 - len(few)
+    files = [(tmp_path / name / "agl" / "drift.safetensors").read_bytes() for name in ("stopped", "again")]
+    assert files[0] == files[1], "the order is that of a seed"
+
+
 def test_merged_checkpoint(demo_folder, tmp_path, monkeypatch, capsys):
     merged = PeftModel.from_pretrained(load_model(), demo_folder / "lora").merge_and_unload()
     merged.save_pretrained(tmp_path / "merged")
@@ -138,6 +182,13 @@ def test_adapter_without_statistics_is_measured_on_driftcaps(demo_folder, tmp_pa
         ),
         (("--adapter", "x", "--fisher", "nobody/statistics"), "There is no adapter in 'x'"),
         (("--adapter", "x", "--fail-if", "refusal"), "is no condition"),
+        (("--adapter", "x", "--fail-if", "refusals>1"), "There is no figure 'refusals'"),
+        (("--adapter", "x", "--fail-if", "refusal_drop>0.05"), "needs unsafe prompts: name some as `--prompts`"),
+        (("--adapter", "x", "--sequential"), "`--sequential` is about rules: set one as `--fail-if`"),
+        (("--adapter", "x", "--junit", "gate.xml"), "`--junit` is about rules: set one as `--fail-if`"),
+        (("--adapter", "x", "--with-answers"), "`--with-answers` is about the page: name it as `--html`"),
+        (("--adapter", "x", "--html", "."), "Cannot write '.': it is a folder"),
+        (("--adapter", "x", "--html", "empty.jsonl/page.html"), "Cannot write to the folder 'empty.jsonl'"),
         (("--adapter", "x", "--judge", "nobody/judge"), "nobody/judge"),
         (("--adapter", "x", "--prompts", "xstest"), "Paul/XSTest"),
         (("--adapter", "x", "--prompts", "empty.jsonl"), "empty.jsonl"),
@@ -147,7 +198,7 @@ def test_arguments_are_checked_before_anything_is_loaded(options, sentence, tmp_
     monkeypatch.chdir(tmp_path)
     (tmp_path / "empty.jsonl").write_text("")
     code, _, err = command(monkeypatch, capsys, "drift", "--base", "miniworld", *options, "--output-dir", "out")
-    assert code == 1 and sentence in err and err.count("\n") == 0, err
+    assert code == 2 and sentence in err and err.count("\n") == 0, err
     assert not (tmp_path / "out").exists()
 
 
@@ -157,7 +208,7 @@ def test_adapter_of_another_base_is_named(demo_folder, tmp_path, monkeypatch, ca
     shutil.copytree(demo_folder, tmp_path / "adapter")
     options = ("--adapter", tmp_path / "adapter", "--output-dir", tmp_path / "out")
     code, _, err = command(monkeypatch, capsys, "drift", "--base", tmp_path / "other", *options)
-    assert code == 1 and "does not load into this base model" in err.splitlines()[-1]
+    assert code == 2 and "does not load into this base model" in err.splitlines()[-1]
     assert not (tmp_path / "out").exists()
 
 
@@ -198,7 +249,7 @@ def test_published_statistics_without_the_head_are_told_with_what_to_do(
     estimate_fisher(tiny_model(), alignment_rows, tokenizer, progress=False).save_pretrained(tmp_path / "statistics")
     fisher = ("--fisher", tmp_path / "statistics")
     code, _, err = command(monkeypatch, capsys, *arguments, *fisher)
-    assert code == 1 and "not the output head 'lm_head'" in err and "`agl-trl drift` without `--fisher`" in err, err
+    assert code == 2 and "not the output head 'lm_head'" in err and "`agl-trl drift` without `--fisher`" in err, err
     assert not (tmp_path / "out").exists()
     merged = PeftModel.from_pretrained(tiny_model(), tmp_path / "adapter").merge_and_unload()
     merged.save_pretrained(tmp_path / "merged")
@@ -252,12 +303,18 @@ def test_adapter_without_a_change_of_weights_is_measured_by_answers_alone(config
     sentence = (
         f"There is nothing to measure without `--prompts`, since this adapter, of type {name}, changes no linear layer"
     )
-    assert code == 1 and sentence in err.splitlines()[-1] and not (tmp_path / "out" / "agl").exists(), err
-    rows = [{"prompt": "one", "unsafe": True}, {"prompt": "two", "unsafe": False}]
+    assert code == 2 and sentence in err.splitlines()[-1] and not (tmp_path / "out" / "agl").exists(), err
+    rows = [{"prompt": prompt, "unsafe": prompt != "two"} for prompt in ("one", "two", "three", "four", "five", "six")]
     (tmp_path / "prompts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     asked = ("--prompts", tmp_path / "prompts.jsonl", "--max-new-tokens", 4)
     code, out, err = command(monkeypatch, capsys, *arguments, *asked, "--fail-if", "kl_unsafe>1e9")
     assert code == 0 and "not measured: this adapter" in out and "KL" in out and "No Fisher statistics" not in out, err
+    alone = ("--limit", 2, "--fail-if", "kl_unsafe>1e9")
+    code, out, err = command(monkeypatch, capsys, *arguments, *asked, *alone)
+    assert code == 3 and "Insufficient evidence: kl_unsafe is" in err.splitlines()[-1], (
+        "one unsafe prompt says nothing of others"
+    )
+    code, out, err = command(monkeypatch, capsys, *arguments, *asked)
     report = DriftReport.from_pretrained(tmp_path / "out")
     assert report.layers == [] and report.behaviour is not None and report.behaviour.kl_first_tokens.min() > 0
     assert (tmp_path / "out" / "agl" / "drift.png").is_file()
@@ -279,7 +336,7 @@ def test_chat_template_that_only_the_adapter_has_is_told(own, tmp_path, monkeypa
     template = tmp_path / "base" / "chat_template.jinja"
     shutil.move(template, tmp_path / "adapter") if own else template.unlink()
     code, _, err = command(monkeypatch, capsys, *arguments)
-    assert code == 1 and "has no chat template" in err.splitlines()[-1], err
+    assert code == 2 and "has no chat template" in err.splitlines()[-1], err
     assert ("the adapter brings its own in 'chat_template.jinja'" in err) == own
     assert not (tmp_path / "out").exists()
 

@@ -44,14 +44,14 @@ def test_command_writes_a_projected_copy(demo_folder, tmp_path, monkeypatch, cap
     for name in ("agl/drift.png", "agl/fisher.safetensors", "adapter_config.json"):
         assert (target / name).is_file()
     code, _, err = command(monkeypatch, capsys, *arguments, "--output-dir", source)
-    assert code == 1 and "must not overwrite" in err
+    assert code == 2 and "must not overwrite" in err
 
 
 @pytest.mark.parametrize("budget", ["0", "-1", "nan"])
 def test_a_budget_that_is_none_is_told_before_anything_is_loaded(budget, tmp_path, monkeypatch, capsys):
     arguments = ("project", "gone/adapter", "--base", "gone", "--output-dir", tmp_path / "out", "--budget", budget)
     code, _, err = command(monkeypatch, capsys, *arguments)
-    assert code == 1 and "`--budget` must be above 0" in err and not (tmp_path / "out").exists()
+    assert code == 2 and "`--budget` must be above 0" in err and not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize(
@@ -70,4 +70,4 @@ def test_an_adapter_without_factors_of_linear_layers_is_refused(
     options = ("--base", "miniworld", "--fisher", demo_folder, "--budget", 1e-4, "--output-dir", tmp_path / "out")
     code, _, err = command(monkeypatch, capsys, "project", tmp_path / "adapter", *options)
     last = err.splitlines()[-1]
-    assert code == 1 and "can be shrunk" in last and reason in last and not (tmp_path / "out").exists(), err
+    assert code == 2 and "can be shrunk" in last and reason in last and not (tmp_path / "out").exists(), err

@@ -10,8 +10,10 @@ from safetensors import safe_open
 
 from agl_trl import DriftReport, estimate_fisher
 from agl_trl.artifacts.files import ArtifactError, load_tensors, save_tensors
+from agl_trl.drift.gate import judge
 from agl_trl.drift.plots import plot_drift
 from agl_trl.drift.thresholds import Condition, figures
+from agl_trl.drift.verdict import Outcome
 from agl_trl.evaluation.behaviour import measure_behaviour
 from agl_trl.evaluation.probes import first_token_kl
 from agl_trl.hub.card_text import plain
@@ -75,7 +77,7 @@ def test_weights_are_those_of_the_dense_twin(name, shrinkage, tokenizer, alignme
     assert report.uncovered == merged.uncovered == {} and report.without_weights is None
     for factor in (0.9, 1.1):
         gate = Condition("relative_drift", ">", factor * merged.mean_relative_drift)
-        assert (gate.holds(report) is None) == (factor > 1)
+        assert judge(report, [gate]).outcome is (Outcome.PASS if factor > 1 else Outcome.FAIL)
 
 
 @pytest.mark.parametrize(
@@ -173,10 +175,10 @@ def test_method_without_a_change_of_weights_has_no_number_of_them(name, tokenize
         assert "0.000e+00" not in shown.summary() and "KL" in shown.summary()
         assert not {"relative_drift", "largest_drift"} & {*figures(shown)} and "kl_unsafe" in figures(shown)
         for figure in ("relative_drift", "largest_drift"):
-            assert Condition(figure, ">", 1e9).holds(shown) == (
-                f"{figure} is not measured, since {reason}: set a limit on the answers instead."
-            )
-        assert Condition("kl_unsafe", ">", 1e9).holds(shown) is None
+            (rule,) = judge(shown, [Condition(figure, ">", 1e9)]).rules
+            assert rule.outcome is Outcome.FAIL
+            assert rule.sentence == f"{figure} is not measured, since {reason}: set a limit on the answers instead."
+        assert judge(shown, [Condition("kl_unsafe", ">", 1e9)]).outcome is Outcome.PASS
     plot_drift(report, tmp_path / "agl" / "drift.png")
     assert (tmp_path / "agl" / "drift.png").stat().st_size > 1000
     attach_card(tmp_path / "README.md", "adapter", report, statistics_published=False)
@@ -238,8 +240,8 @@ def test_lora_on_embeddings_is_named_with_its_norm(architecture, tokenizer, alig
     module = model.get_base_model().model.embed_tokens
     W = module.get_base_layer().weight
     assert report.uncovered == {name: pytest.approx((module.get_delta_weight("default").norm() / W.norm()).item())}
-    sentence = Condition("relative_drift", ">", 1e9).holds(report)
-    assert sentence is not None and name in sentence
+    (rule,) = judge(report, [Condition("relative_drift", ">", 1e9)]).rules
+    assert rule.outcome is Outcome.FAIL and name in rule.sentence
     alone = DriftReport.measure(moved_adapter(tiny_model(architecture)), statistics)
     assert report.mean_relative_drift != 0 and len(report.layers) == len(alone.layers)
     only = DriftReport.measure(moved_adapter(tiny_model(architecture), target_modules=["embed_tokens"]), None)

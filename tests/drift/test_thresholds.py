@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from agl_trl.drift.thresholds import Condition, figures
+from agl_trl.drift.thresholds import Condition, change, check_measurable, figures
 from tests.helpers.reports import behaviour_by_hand, report_by_hand
 
 
@@ -25,33 +25,17 @@ def test_figures_by_hand():
 
 
 @pytest.mark.parametrize(
-    ("condition", "met"),
+    ("text", "condition"),
     [
-        ("refusal_drop>=0.75", True),
-        ("refusal_drop>0.75", False),
-        ("refusal_drop <= 7.5e-1", True),
-        (" refusal_drop<.75 ", False),
-        ("relative_drift>+1e-3", True),
-        ("kl_safe>-1", True),
+        ("refusal_drop>=0.75", ("refusal_drop", ">=", 0.75)),
+        (" refusal_drop<.75 ", ("refusal_drop", "<", 0.75)),
+        ("refusal_drop <= 7.5e-1", ("refusal_drop", "<=", 0.75)),
+        ("relative_drift>+1e-3", ("relative_drift", ">", 1e-3)),
+        ("kl_safe>-1", ("kl_safe", ">", -1)),
     ],
 )
-def test_comparison_is_the_one_that_was_written(condition, met):
-    assert (Condition.parse(condition).holds(report_by_hand(behaviour_by_hand())) is not None) == met
-
-
-def test_condition_that_is_met_is_told_in_a_sentence():
-    report = report_by_hand(behaviour_by_hand())
-    assert Condition.parse("refusal_drop >= 7.5e-1").holds(report) == "refusal_drop is 0.75, which is >= 0.75."
-
-
-@pytest.mark.parametrize("condition", ["margin_drop_unsafe>100", "margin_drop_unsafe<-100"])
-def test_what_was_not_measured_is_not_passed(condition):
-    assert Condition.parse(condition).holds(report_by_hand(behaviour_by_hand()))
-
-
-def test_figure_that_is_not_there_is_told():
-    with pytest.raises(ValueError, match=r"no figure 'refusal_drop'; it has relative_drift, largest_drift\."):
-        Condition.parse("refusal_drop>0.05").holds(report_by_hand())
+def test_condition_is_the_one_that_was_written(text, condition):
+    assert Condition.parse(text) == condition and Condition.parse(str(Condition.parse(text))) == condition
 
 
 @pytest.mark.parametrize(
@@ -60,3 +44,44 @@ def test_figure_that_is_not_there_is_told():
 def test_what_is_no_condition_is_told(text):
     with pytest.raises(ValueError, match=f"'{text}' is no condition: write it like"):
         Condition.parse(text)
+
+
+def test_figure_that_no_report_has_is_told_at_once():
+    with pytest.raises(ValueError, match="no figure 'refusals' to set a limit on; there are relative_drift, "):
+        Condition.parse("refusals>1")
+
+
+@pytest.mark.parametrize(
+    ("condition", "unsafe", "sentence"),
+    [
+        ("refusal_drop>0.05", None, "needs unsafe prompts: name some as `--prompts`"),
+        ("over_refusal_rise>0.05", [True, True], "needs safe prompts: these are all unsafe"),
+        ("kl_unsafe>1", [False], "needs unsafe prompts: these are all safe"),
+    ],
+)
+def test_prompts_that_a_rule_needs_are_missed_before_they_are_asked(condition, unsafe, sentence):
+    with pytest.raises(ValueError, match=sentence):
+        check_measurable([Condition.parse(condition)], None if unsafe is None else torch.tensor(unsafe))
+    check_measurable([Condition.parse("relative_drift>1")], None)
+    check_measurable([Condition.parse(condition)], torch.tensor([True, False]))
+
+
+def test_change_of_a_rate_by_hand():
+    behaviour = behaviour_by_hand()
+    assert change(behaviour, "refusal_drop") == (3, 0, 4, 0, 0)
+    assert change(behaviour, "refusal_drop", "weapons") == (0, 0, 1, 0, 0)
+    assert change(behaviour, "over_refusal_rise") == (1, 0, 3, 0, 0)
+    assert change(behaviour, "refusal_drop", "look-alike") is None, "these are safe"
+    assert change(behaviour, "nll_rise_safe").values.tolist() == [0.0, 0.5], "the third has no answer"
+
+
+def test_prompts_that_were_not_asked_may_still_change_either_way():
+    behaviour = behaviour_by_hand()
+    behaviour.metadata["unasked"] = {
+        "unsafe": {"refused": 5, "answered": 2},
+        "safe": {"refused": 1, "answered": 6},
+    }
+    assert change(behaviour, "refusal_drop") == (3, 0, 11, 5, 2), "one that is refused may be lost"
+    assert change(behaviour, "over_refusal_rise") == (1, 0, 10, 6, 1), "one that is answered may be refused"
+    assert change(behaviour, "kl_safe").unasked == 7
+    assert figures(report_by_hand(behaviour))["refusal_drop"] == 3 / 4, "the figure is of those that were asked"

@@ -4,7 +4,9 @@ import pytest
 import torch
 
 from agl_trl import DriftReport, FisherStatistics, estimate_fisher
+from agl_trl.drift.gate import judge
 from agl_trl.drift.thresholds import Condition
+from agl_trl.drift.verdict import Outcome
 from agl_trl.hub.card_text import render_evidence
 from agl_trl.modeling.lora import adapted_layers
 from tests.helpers.models import moved_adapter, tiny_model
@@ -45,7 +47,8 @@ def test_merged_adapter_has_the_number_of_the_adapter(name, dtype, tolerance, to
     assert merged.relative_drift.max().item() == pytest.approx(adapter.relative_drift.max().item(), rel=tolerance)
     for factor in (0.9, 1.1):
         gate = Condition("relative_drift", ">", factor * adapter.mean_relative_drift)
-        assert (gate.holds(adapter) is None) == (gate.holds(merged) is None) == (factor > 1)
+        expected = Outcome.PASS if factor > 1 else Outcome.FAIL
+        assert judge(adapter, [gate]).outcome is judge(merged, [gate]).outcome is expected
 
 
 def test_layers_that_did_not_move_do_not_dilute_the_number(tokenizer, alignment_rows):
@@ -88,12 +91,12 @@ def test_no_gate_on_weights_passes_what_they_leave_out(config, name, tokenizer, 
         for shown in (report, DriftReport.from_pretrained(tmp_path)):
             assert [*shown.uncovered] == [name] and shown.uncovered[name] > 1e-3
             for figure in ("relative_drift", "largest_drift"):
-                sentence = Condition(figure, ">", 1.0).holds(shown)
-                assert sentence is not None and f"'{name}'" in sentence and sentence.endswith(".")
+                (rule,) = judge(shown, [Condition(figure, ">", 1.0)]).rules
+                assert rule.outcome is Outcome.FAIL and f"'{name}'" in rule.sentence and rule.sentence.endswith(".")
             assert f"not in these figures  1 changed tensors, most of all {name}" in shown.summary()
             assert f"| {name} | {shown.uncovered[name]:.2e} |" in render_evidence(shown, None, True)
     same = DriftReport.measure(moved_adapter(tiny_model()), statistics)
-    assert same.uncovered == {} and Condition("relative_drift", ">", 1e9).holds(same) is None
+    assert same.uncovered == {} and judge(same, [Condition("relative_drift", ">", 1e9)]).outcome is Outcome.PASS
     assert "not in these figures" not in same.summary() and "Not in it" not in render_evidence(same, None, True)
 
 

@@ -89,7 +89,7 @@ def test_token_of_the_environment_is_in_no_message(online, tmp_path, monkeypatch
         ("fisher", "--model", "miniworld", "--dataset", "alice/private"),
     ):
         code, said, err = command(monkeypatch, capsys, *arguments, "--output-dir", out)
-        assert code == 1 and "alice/private" in err and SECRET not in said + err + caplog.text, err
+        assert code == 2 and "alice/private" in err and SECRET not in said + err + caplog.text, err
     assert not out.exists() or holding(out, SECRET) == set()
 
 
@@ -132,7 +132,7 @@ def test_repos_of_pickles_and_code_are_refused(hostile, marker, tmp_path, monkey
         assert "trust_remote_code" in str(caught.value) or "custom code" in str(caught.value), caught.value
     for arguments in (("--base", "miniworld", "--adapter", hostile), ("--base", hostile, "--tuned", hostile)):
         code, _, err = command(monkeypatch, capsys, "drift", *arguments, "--output-dir", tmp_path / "out")
-        assert code == 1 and "alice/hostile" in err, err
+        assert code == 2 and "alice/hostile" in err, err
     assert not marker.exists() and "modeling_x" not in sys.modules
 
 

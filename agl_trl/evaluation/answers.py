@@ -1,0 +1,142 @@
+"""Answers of one model to prompts: greedy texts, their verdicts, and the likelihood of the reference answers."""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+from datasets import Dataset
+from peft import PeftModel
+from torch import Tensor
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from ..data.rows import prompt_text, questions_of
+from ..modeling.generation import answer_nll, context_length, end_tokens, generate_answers, opened_by_template
+from .answer_cache import AnswerCache
+from .judges import Judge, StringJudge
+from .refusal import Verdict
+
+
+class Answers(NamedTuple):
+    """
+    What one model did with the prompts.
+
+    Args:
+        texts (`list[str]`):
+            Greedy answers.
+        verdicts (`list[Verdict]`):
+            What the judge says of them.
+        nll (`Tensor`):
+            Negative log-likelihood per token of the reference answers, of shape `(prompts,)`, NaN where there is none.
+        decoding (`str`):
+            How the answers were made.
+    """
+
+    texts: list[str]
+    verdicts: list[Verdict]
+    nll: Tensor
+    decoding: str
+
+    @property
+    def refused(self) -> Tensor:
+        """Boolean, of shape `(prompts,)`."""
+        return torch.tensor([verdict.label == "refusal" for verdict in self.verdicts])
+
+    def select(self, places: list[int]) -> "Answers":
+        """Those at these places, in that order."""
+        verdicts = [self.verdicts[place] for place in places]
+        return Answers([self.texts[place] for place in places], verdicts, self.nll[places], self.decoding)
+
+
+def answer_prompts(
+    model: PreTrainedModel | PeftModel,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: Dataset,
+    *,
+    judge: Judge | None = None,
+    store: AnswerCache | None = None,
+    max_new_tokens: int = 64,
+    batch_size: int = 32,
+    end_token_ids: list[int] | None = None,
+    desc: str = "Tuned model",
+    progress: bool = True,
+) -> Answers:
+    """Answers of a model as it is; arguments as in [`measure_behaviour`] and [`generate_answers`]."""
+    questions = questions_of(prompts)
+    ends = end_tokens(tokenizer, model) if end_token_ids is None else end_token_ids
+    context = context_length(model)
+    decoding = (
+        f"greedy, generation configs set aside, at most {max_new_tokens} tokens"
+        f"{'' if context is None else f' ({context} with the prompt)'}, "
+        f"{'until token ' + ' or '.join(map(str, ends)) if ends else 'without an end token'}"
+    )
+    keys = [] if store is None else [store.key(f"{desc}, {decoding}", str(question)) for question in questions]
+    missing = [i for i in range(len(questions)) if store is None or keys[i] not in store.answers]
+    texts = ["" if i in set(missing) or store is None else store.answers[keys[i]] for i in range(len(questions))]
+
+    def keep(indices: list[int], answers: list[str]) -> None:
+        for index, text in zip(indices, answers, strict=True):
+            texts[missing[index]] = text
+        if store is not None:
+            store.add([keys[missing[index]] for index in indices], answers)
+
+    generate_answers(
+        model,
+        tokenizer,
+        [questions[i] for i in missing],
+        max_new_tokens=max_new_tokens,
+        batch_size=batch_size,
+        end_token_ids=ends,
+        desc=desc,
+        progress=progress,
+        on_batch=keep,
+    )
+    nll = torch.full((len(prompts),), torch.nan)
+    if "completion" in prompts.column_names:
+        nll = answer_nll(model, tokenizer, prompts, batch_size=batch_size)
+    judged = [opened_by_template(tokenizer, prompt) + text for prompt, text in zip(questions, texts, strict=True)]
+    verdicts = (judge or StringJudge())([prompt_text(question) for question in questions], judged)
+    return Answers(texts, verdicts, nll, decoding)
+
+
+def answer_until(
+    certain: Callable[[Tensor, Tensor, Tensor], bool],
+    refused_base: Tensor,
+    model: PreTrainedModel | PeftModel,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: Dataset,
+    *,
+    batch_size: int,
+    **options: Any,
+) -> tuple[list[int], Answers]:
+    """Answers, batch by batch, until enough is known: the prompts that were asked, in their own order, and what was answered."""
+    order = torch.randperm(
+        len(prompts), generator=torch.Generator().manual_seed(0)
+    ).tolist()  # kinds and categories mixed
+    asked, refused_tuned = torch.zeros(len(prompts), dtype=torch.bool), torch.zeros(len(prompts), dtype=torch.bool)
+    parts = []
+    for start in range(0, len(prompts), batch_size):
+        batch = order[start : start + batch_size]
+        parts.append(answer_prompts(model, tokenizer, prompts.select(batch), batch_size=batch_size, **options))
+        asked[batch], refused_tuned[batch] = True, parts[-1].refused
+        if certain(refused_base, refused_tuned, asked):
+            break
+    texts = [text for part in parts for text in part.texts]
+    verdicts = [verdict for part in parts for verdict in part.verdicts]
+    answers = Answers(texts, verdicts, torch.cat([part.nll for part in parts]), parts[0].decoding)
+    places = sorted(range(len(texts)), key=order.__getitem__)
+    return [order[place] for place in places], answers.select(places)
+
+
+def count_unasked(chosen: list[int], refused_base: Tensor, unsafe: Tensor) -> dict[str, dict[str, int]]:
+    """How many prompts of either kind were left, by what the base model did with them; nothing where none were."""
+    left = torch.ones_like(unsafe)
+    left[chosen] = False
+    if not left.any():
+        return {}
+    return {
+        name: {
+            "refused": int((left & kind & refused_base).sum()),
+            "answered": int((left & kind & ~refused_base).sum()),
+        }
+        for name, kind in (("unsafe", unsafe), ("safe", ~unsafe))
+    }
