@@ -89,10 +89,11 @@ def is_calibrated(statistics: FisherStatistics) -> bool:
 
 def slope_at(statistics: FisherStatistics, kl: float) -> float:
     """
-    KL over relative drift, where a KL is reached: what a drift along the direction of a gradient costs. A task's first steps are such
-    a direction; along a random one a drift costs less.
+    KL over relative drift, where a KL is reached: what a drift costs. A task pulls neither as a gradient that teaches other answers
+    nor at random, so that this is the geometric mean of the two (of random directions the one that reaches it last).
     """
-    return kl / drift_at(statistics, kl)[0]
+    steep, spread = drift_at(statistics, kl)
+    return kl / (steep * math.sqrt(spread))
 
 
 def drift_at(statistics: FisherStatistics, kl: float) -> tuple[float, float]:

@@ -63,7 +63,7 @@ class AlignGuardConfig:
         anchor_coef (`float`, *optional*):
             Weight of the KL to the reference model on protected rows, whose gradient is at most as long as that of all else. `None`
             takes 0.6 under a `kl_budget`, and 0 otherwise.
-        fisher_coef (`float`, *optional*, defaults to `0.3`):
+        fisher_coef (`float`, *optional*, defaults to `0.1`):
             Weight of the Fisher form under a `kl_budget`, in nats of the KL that it predicts.
         anchor_every (`int`, *optional*, defaults to `2`):
             Optimizer steps between two anchored ones.
@@ -182,7 +182,7 @@ class AlignGuardConfig:
         },
     )
     fisher_coef: float = field(
-        default=0.3,
+        default=0.1,
         metadata={"help": "Weight of the Fisher form under a `kl_budget`, in nats of the KL that it predicts."},
     )
     anchor_every: int = field(default=2, metadata={"help": "Optimizer steps between two anchored ones."})
