@@ -31,6 +31,7 @@ torch.set_num_threads(1)  # also where torch was imported before this file
 LONGEST = (
     "cli/test_app.py",
     "trainer/test_distributed.py",
+    "test_action.py",
     "examples/test_benchmark.py",
     "examples/test_overhead.py",
     "hub/test_end_to_end.py",

@@ -7,7 +7,8 @@ from pathlib import Path
 
 import typer
 
-from ..artifacts.files import FISHER_FILE, FOLDER, REFERENCE_ANSWERS_FILE, adapter_folder, check_writable
+from ..artifacts.files import FISHER_FILE, FOLDER, REFERENCE_ANSWERS_FILE, check_writable
+from ..artifacts.location import adapter_folder
 from ..drift.report import DriftReport
 from ..fisher.statistics import FisherStatistics
 from ..hub.model_card import attach_card

@@ -21,13 +21,12 @@ from ..artifacts.files import (
     FOLDER,
     PICTURE_FILE,
     ArtifactError,
-    adapter_folder,
     check_file,
     check_writable,
     sha256,
-    shown_name,
     write_atomically,
 )
+from ..artifacts.location import adapter_folder, shown_name
 from ..data.alignment import driftcaps_requests
 from ..data.labels import unsafe_column
 from ..data.prompts import load_prompts

@@ -6,7 +6,8 @@ import typer
 from huggingface_hub import HfApi
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from ..artifacts.files import FISHER_FILE, FOLDER, REFERENCE_ANSWERS_FILE, check_writable, hub_id
+from ..artifacts.files import FISHER_FILE, FOLDER, REFERENCE_ANSWERS_FILE, check_writable
+from ..artifacts.location import hub_id
 from ..data.alignment import select_rows, tokenize_rows
 from ..data.files import is_file, load_rows
 from ..data.rows import Row, is_prompt_only

@@ -4,7 +4,8 @@ from pathlib import Path
 
 import typer
 
-from ..artifacts.files import ADAPTER_FILE, FOLDER, PICTURE_FILE, ArtifactError, adapter_folder, check_writable, sha256
+from ..artifacts.files import ADAPTER_FILE, FOLDER, PICTURE_FILE, ArtifactError, check_writable, sha256
+from ..artifacts.location import adapter_folder
 from ..drift.plots import plot_drift
 from ..drift.projection import write_projected
 from ..drift.report import DriftReport

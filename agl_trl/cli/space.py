@@ -10,7 +10,7 @@ from pathlib import Path
 import typer
 from huggingface_hub import HfApi
 
-from ..artifacts.files import hub_id
+from ..artifacts.location import hub_id
 from ..hub.push import FAILURES, PushError, create_repo, push_folder
 
 

@@ -247,9 +247,10 @@ def _slices(condition: Condition, answers: Behaviour) -> list[Slice]:
     if condition.figure in OF_WEIGHTS:
         return []
     unsafe = (RATES | MEANS)[condition.figure]
-    names = sorted({c for c, u in zip(answers.categories, answers.unsafe.tolist(), strict=True) if u == unsafe})
     found = {
-        name: part for name in names if (part := change(answers, condition.figure, name)) and not isnan(part.value)
+        name: part
+        for name in answers.categories_of(unsafe)
+        if (part := change(answers, condition.figure, name)) and not isnan(part.value)
     }
     if len(found) < 2:
         return []

@@ -141,7 +141,7 @@ def refusals(answers: Behaviour) -> list[Refusals]:
     """Refusals of all unsafe prompts, of their categories, and the same of the safe ones."""
     found = []
     for unsafe, label in ((True, "All unsafe prompts"), (False, "All safe prompts")):
-        names = sorted({c for c, u in zip(answers.categories, answers.unsafe.tolist(), strict=True) if u == unsafe})
+        names = answers.categories_of(unsafe)
         groups: list[tuple[str, str | None]] = [(label, None)] if names else []
         groups += [(name, name) for name in names] if len(names) > 1 else []
         found += [
@@ -164,8 +164,10 @@ def not_measured(report: DriftReport) -> list[str]:
         if not (answers.unsafe == unsafe).any():
             what = "whether it still refuses what it should" if unsafe else "over-refusal"
             sentences.append(f"There were no {kind} prompts, so nothing is known of {what}.")
-    if left := sum(sum(kind.values()) for kind in answers.metadata.get("unasked", {}).values()):
-        sentences.append(f"{left} prompts were not asked, since no answer to them could have changed the verdict.")
+    if answers.num_unasked:
+        sentences.append(
+            f"{answers.num_unasked} prompts were not asked, since no answer to them could have changed the verdict."
+        )
     if answers.nll_tuned.isnan().all():
         sentences.append("Likelihood of reference answers: the prompts have none.")
     if answers.margin_tuned.isnan().all():

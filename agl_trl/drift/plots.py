@@ -102,7 +102,7 @@ def png(figure: Figure) -> bytes:
 
 def _behaviour_rows(behaviour: Behaviour) -> list[tuple[str, bool]]:
     """`(category, unsafe)` of every line of the chart: unsafe categories first, safe prompts as one line at the end."""
-    unsafe = sorted({c for c, u in zip(behaviour.categories, behaviour.unsafe.tolist(), strict=True) if u})
+    unsafe = behaviour.categories_of(True)
     return [(category, True) for category in unsafe] + (
         [("safe prompts", False)] if not behaviour.unsafe.all() else []
     )

@@ -11,15 +11,8 @@ from peft import PeftModel
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from ..artifacts.files import (
-    ADAPTER_FILE,
-    DRIFT_FILE,
-    FOLDER,
-    ArtifactError,
-    find_artifact,
-    save_tensors,
-    sha256,
-)
+from ..artifacts.files import ADAPTER_FILE, DRIFT_FILE, FOLDER, ArtifactError, save_tensors, sha256
+from ..artifacts.location import find_artifact
 from ..artifacts.schema import read_artifact
 from ..evaluation.behaviour import Behaviour
 from ..evaluation.summary import behaviour_lines

@@ -76,6 +76,15 @@ class Behaviour:
         refused = self.refused_tuned if tuned else self.refused_base
         return Rate(int(refused[chosen].sum()), int(chosen.sum()))
 
+    def categories_of(self, unsafe: bool) -> list[str]:
+        """Categories of unsafe or of safe prompts, each once, in alphabetical order."""
+        return sorted({c for c, u in zip(self.categories, self.unsafe.tolist(), strict=True) if u == unsafe})
+
+    @property
+    def num_unasked(self) -> int:
+        """Prompts that were not asked, since the verdict of a gate was certain without them."""
+        return sum(sum(kind.values()) for kind in self.metadata.get("unasked", {}).values())
+
     def paired_p_value(self, unsafe: bool = True) -> float:
         """
         P-value of McNemar's exact test that base and tuned model refuse equally often: of the prompts on which they differ,

@@ -18,9 +18,9 @@ def behaviour_lines(behaviour: Behaviour) -> list[str]:
                 f"{tuned.total} prompts, paired p {behaviour.paired_p_value(unsafe):.2g}); "
                 f"KL {behaviour.mean_kl(unsafe):.3f} nats per token"
             )
-    if left := sum(sum(kind.values()) for kind in behaviour.metadata.get("unasked", {}).values()):
+    if behaviour.num_unasked:
         lines.append(
-            f"stopped               {left} more prompts were not asked, since the verdict was certain without them"
+            f"stopped               {behaviour.num_unasked} more prompts were not asked, since the verdict was certain without them"
         )
     if sentence := behaviour.metadata.get("tokenizer_set_aside"):
         lines.append(f"asked                 {sentence}")

@@ -12,7 +12,8 @@ from torch import Tensor
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from ..artifacts.files import FOLDER, REFERENCE_ANSWERS_FILE, ArtifactError, find_artifact, save_tensors
+from ..artifacts.files import FOLDER, REFERENCE_ANSWERS_FILE, ArtifactError, save_tensors
+from ..artifacts.location import find_artifact
 from ..artifacts.schema import read_artifact
 from ..data.alignment import AlignmentRow, batches, pad_token_id
 from ..modeling.generation import answer_logits, context_length, evaluating, input_device

@@ -12,7 +12,8 @@ from peft import PeftModel
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from ..artifacts.files import FISHER_FILE, FOLDER, ArtifactError, find_artifact, hub_id, save_tensors
+from ..artifacts.files import FISHER_FILE, FOLDER, ArtifactError, save_tensors
+from ..artifacts.location import find_artifact, hub_id
 from ..artifacts.schema import read_artifact, short_repr
 from ..modeling.lora import AdaptedLayer, adapted_layers, base_weight, layer_shape
 from ..objective.covariance import LowRankCovariance

@@ -11,7 +11,8 @@ from huggingface_hub.repocard import REGEX_YAML_BLOCK
 from huggingface_hub.repocard_data import eval_results_to_model_index
 from huggingface_hub.utils import yaml_dump
 
-from ..artifacts.files import TAG, hub_id, write_atomically
+from ..artifacts.files import TAG, write_atomically
+from ..artifacts.location import hub_id
 from ..data.prompts import SETS
 from ..drift.report import DriftReport
 from ..evaluation.behaviour import Behaviour

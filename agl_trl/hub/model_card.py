@@ -6,7 +6,7 @@ from typing import Any
 
 from huggingface_hub import ModelCard, ModelCardData
 
-from ..artifacts.files import hub_id
+from ..artifacts.location import hub_id
 from ..drift.report import DriftReport
 from ..fisher.calibration import drifts_at, is_calibrated
 from ..fisher.protected_rows import DEFAULT_KL_BUDGET

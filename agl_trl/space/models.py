@@ -14,7 +14,8 @@ from huggingface_hub import HfApi, snapshot_download
 from peft import PeftModel
 from transformers import PreTrainedTokenizerBase
 
-from ..artifacts.files import ADAPTER_FILE, FOLDER, TOKENIZER_FILES, ArtifactError, adapter_folder, from_hub, hub_id
+from ..artifacts.files import ADAPTER_FILE, FOLDER, TOKENIZER_FILES, ArtifactError
+from ..artifacts.location import adapter_folder, from_hub, hub_id
 from ..data.rows import prompt_ids, prompt_text
 from ..evaluation.refusal import Verdict, judge_answer
 from ..modeling.generation import (

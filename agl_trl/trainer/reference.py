@@ -9,7 +9,8 @@ from accelerate.state import AcceleratorState
 from peft import PeftModel
 from transformers import PreTrainedTokenizerBase, TrainingArguments
 
-from ..artifacts.files import REFERENCE_ANSWERS_FILE, ArtifactError, find_artifact
+from ..artifacts.files import REFERENCE_ANSWERS_FILE, ArtifactError
+from ..artifacts.location import find_artifact
 from ..data.alignment import select_rows
 from ..data.labels import PROTECTED_COLUMN
 from ..data.rows import ANSWERS, Row, is_prompt_only

@@ -7,15 +7,8 @@ from peft import PeftModel
 from transformers import TrainerState, TrainingArguments
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
-from ..artifacts.files import (
-    ADAPTER_FILE,
-    DRIFT_FILE,
-    FISHER_FILE,
-    FOLDER,
-    REFERENCE_ANSWERS_FILE,
-    ArtifactError,
-    find_artifact,
-)
+from ..artifacts.files import ADAPTER_FILE, DRIFT_FILE, FISHER_FILE, FOLDER, REFERENCE_ANSWERS_FILE, ArtifactError
+from ..artifacts.location import find_artifact
 from ..drift.report import DriftReport
 from ..fisher.reference_answers import ReferenceAnswers
 from ..fisher.statistics import FisherStatistics

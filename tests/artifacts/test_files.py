@@ -4,7 +4,6 @@ import json
 import os
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -18,9 +17,7 @@ from agl_trl.artifacts.files import (
     ArtifactError,
     canonical_json,
     check_writable,
-    find_artifact,
     first_line,
-    hub_id,
     load_tensors,
     save_tensors,
     sha256,
@@ -134,17 +131,6 @@ def test_failed_write_leaves_the_previous_file_and_nothing_else(tmp_path):
     assert path.read_bytes() == b"good"
 
 
-def test_artifact_is_found_by_file_folder_and_adapter(tmp_path):
-    path = tmp_path / "adapter" / "agl" / "fisher.safetensors"
-    write_atomically(path, b"")
-    for location in (path, path.parent, tmp_path / "adapter"):
-        assert find_artifact(location, "fisher.safetensors") == path
-    for location in (tmp_path, tmp_path / "nowhere"):
-        with pytest.raises(ArtifactError) as failed:
-            find_artifact(location, "fisher.safetensors")
-        assert str(failed.value) == f"Found no 'agl/fisher.safetensors' in '{location}'."
-
-
 def test_checkpoint_whose_adapter_or_report_was_exchanged_is_not_resumed(tokenizer, alignment_rows, tmp_path):
     from agl_trl.trainer.resume import checkpoint_state
 
@@ -163,15 +149,6 @@ def test_checkpoint_whose_adapter_or_report_was_exchanged_is_not_resumed(tokeniz
         checkpoint_state(str(tmp_path), model)
     path.unlink()
     assert checkpoint_state(str(tmp_path), model)[1].multiplier == 0.0
-
-
-def test_ids_of_the_hub_are_told_from_paths_and_from_nothing():
-    for name in ("user/name", "gpt2", "a-b/c_d.e", "1/2"):
-        assert hub_id(name) == name
-    assert hub_id("gpt2", with_owner=True) is None and hub_id("user/name", with_owner=True) == "user/name"
-    paths = ("/x/y", "./x", "../x/y", "a/b/c", "a/b/", "C:\\a", "a b/c", "é/x", "a..b/c", "a--b/c", "x/y.git")
-    for name in (*paths, "", "a" * 5000, f"{'a' * 5000}/b", "x/y\n", "x/y\0", None, 7, Path("user/name")):
-        assert hub_id(name) is None and hub_id(name, with_owner=True) is None, name
 
 
 def test_a_folder_is_tried_and_left_as_it_was(tmp_path):

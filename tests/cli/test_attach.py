@@ -10,7 +10,7 @@ from peft import PromptTuningConfig
 from typer.testing import CliRunner
 
 from agl_trl import DriftReport
-from agl_trl.artifacts.files import adapter_folder
+from agl_trl.artifacts.location import adapter_folder
 from agl_trl.cli.app import app
 from agl_trl.miniworld import checkpoint_path
 from agl_trl.miniworld import load_model as load_miniworld

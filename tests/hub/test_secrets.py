@@ -11,7 +11,8 @@ import torch
 from huggingface_hub import HfApi
 
 from agl_trl import AGLSFTConfig, AGLSFTTrainer
-from agl_trl.artifacts.files import ArtifactError, adapter_folder
+from agl_trl.artifacts.files import ArtifactError
+from agl_trl.artifacts.location import adapter_folder
 from agl_trl.modeling.loading import load_adapter, load_model
 from tests.helpers.commands import command
 from tests.helpers.models import adapted, tiny_model

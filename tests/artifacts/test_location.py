@@ -1,13 +1,15 @@
 """Statistics, reports and adapters by Hub id: the real client over real HTTP, and one sentence for every way to fail."""
 
 import shutil
+from pathlib import Path
 
 import pytest
 import torch
 from huggingface_hub import HfApi
 
 from agl_trl import DriftReport, FisherStatistics
-from agl_trl.artifacts.files import ArtifactError, adapter_folder, sha256
+from agl_trl.artifacts.files import ArtifactError, sha256, write_atomically
+from agl_trl.artifacts.location import adapter_folder, find_artifact, hub_id, shown_name
 
 
 @pytest.fixture
@@ -62,3 +64,32 @@ def test_failures_are_one_sentence(published, online, hub, tmp_path):
     shutil.rmtree(tmp_path / "alice")
     with pytest.raises(ArtifactError, match="Found no 'agl/fisher.safetensors' in 'no such folder'"):
         FisherStatistics.from_pretrained("no such folder")
+
+
+def test_artifact_is_found_by_file_folder_and_adapter(tmp_path):
+    path = tmp_path / "adapter" / "agl" / "fisher.safetensors"
+    write_atomically(path, b"")
+    for location in (path, path.parent, tmp_path / "adapter"):
+        assert find_artifact(location, "fisher.safetensors") == path
+    for location in (tmp_path, tmp_path / "nowhere"):
+        with pytest.raises(ArtifactError) as failed:
+            find_artifact(location, "fisher.safetensors")
+        assert str(failed.value) == f"Found no 'agl/fisher.safetensors' in '{location}'."
+
+
+def test_ids_of_the_hub_are_told_from_paths_and_from_nothing():
+    for name in ("user/name", "gpt2", "a-b/c_d.e", "1/2"):
+        assert hub_id(name) == name
+    assert hub_id("gpt2", with_owner=True) is None and hub_id("user/name", with_owner=True) == "user/name"
+    paths = ("/x/y", "./x", "../x/y", "a/b/c", "a/b/", "C:\\a", "a b/c", "é/x", "a..b/c", "a--b/c", "x/y.git")
+    for name in (*paths, "", "a" * 5000, f"{'a' * 5000}/b", "x/y\n", "x/y\0", None, 7, Path("user/name")):
+        assert hub_id(name) is None and hub_id(name, with_owner=True) is None, name
+
+
+def test_a_report_tells_no_folder_of_a_machine(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "adapter").mkdir()
+    (tmp_path / "rows.jsonl").write_text("")
+    assert shown_name(str(tmp_path / "adapter")) == shown_name("adapter/") == "adapter"
+    assert shown_name(".") == tmp_path.name and shown_name(str(tmp_path / "rows.jsonl")) == "rows.jsonl"
+    assert shown_name("user/name") == "user/name", "of the Hub"
