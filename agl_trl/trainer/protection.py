@@ -22,6 +22,7 @@ from .gradients import add_capped, gradient_of, norm_of
 logger = get_logger(__name__)
 AIM = 0.5  # share of the budget that a few rows are projected to: rows that were not visited lately have gone farther
 RADIUS = 0.1  # longest step, relative to the norm of all B
+MUCH = 0.5  # scale of the update at the end below which it is told
 
 
 class Protection:
@@ -126,6 +127,12 @@ class Protection:
             if not _known(self.measured):
                 reason = "the KL is no number, whatever the scale of the update"
             logger.warning(f"The KL budget is not held: {reason}.")
+        elif self.scale < MUCH:
+            logger.warning(
+                f"The update was shrunk to {self.scale:.0%} of itself to keep the KL budget, which takes what it learned of the task "
+                "too: a lower learning rate or warm-up keeps a run near its budget (`agl/kl` in the log), a larger `kl_budget` "
+                "shrinks less."
+            )
 
     def _measure(self, model: PeftModel) -> dict[str, Any]:
         kl = _of_main_process(self.references.kl(model).float()).cpu()

@@ -149,14 +149,16 @@ def test_a_behaviour_that_is_no_number_is_not_hidden_by_another(tokenizer, caplo
 FAST = dict(learning_rate=3e-2, max_steps=10, anchor_every=5)
 
 
-def test_at_the_end_the_kl_of_all_rows_is_within_the_budget(tmp_path, tokenizer, opposite_rows, mixed_rows):
+def test_at_the_end_the_kl_of_all_rows_is_within_the_budget(tmp_path, tokenizer, opposite_rows, mixed_rows, caplog):
     free = agl_trainer(tmp_path / "free", tokenizer, opposite_rows, mixed_rows, telling_model(), kl_budget=1e3, **FAST)
     free.train()
     assert free.align_guard.protection.scale == 1.0
-    assert free.align_guard.references.kl(free.model)[:, 0].mean() > 0.1
+    assert free.align_guard.references.kl(free.model)[:, 0].mean() > 0.1 and "was shrunk" not in caplog.text
     trainer = agl_trainer(tmp_path, tokenizer, opposite_rows, mixed_rows, telling_model(), kl_budget=0.02, **FAST)
     trainer.train()
     guard = trainer.align_guard
+    assert guard.protection.scale < 0.5
+    assert f"The update was shrunk to {guard.protection.scale:.0%} of itself to keep the KL budget" in caplog.text
     assert sorted(guard.references.kinds) == ["alignment/comply"] * 4 + ["alignment/refuse"] * 6
     kl = guard.references.kl(trainer.model)
     assert guard.protection.scale < 1 and 0.95 * 0.02 <= kl[:, 0].mean().item() <= 0.02

@@ -54,6 +54,7 @@ METHODS: dict[str, dict[str, Any]] = {
     "plain-lr3": dict(lr=3.0),
     "agl": dict(agl={}),
     "agl-no-form": dict(agl=dict(fisher_coef=0.0)),
+    "agl-weak-form": dict(agl=dict(fisher_coef=0.0067)),
     "agl-no-anchor": dict(agl=dict(anchor_coef=0.0, fisher_coef=1.0)),
     "agl-statistics": dict(agl=dict(drift_budget=3e-3), rows=False),
     "paper": dict(agl=dict(variant="paper")),

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from transformers import TrainerCallback
 
-from agl_trl import DriftReport
+from agl_trl import AGLSFTTrainer, DriftReport
 from agl_trl.artifacts.files import write_atomically
 
 from ..run import quiet, reset_peak, resident
@@ -80,6 +80,9 @@ def run_one(options: Options, method: str, seed: int | None) -> dict[str, Any]:
             line["seconds_per_step"] = round(median(times.seconds), 4)
             line["peak_bytes"] = peak()
         model = trainer.model
+        if isinstance(trainer, AGLSFTTrainer):
+            protected = trainer.drift_report().metadata.get("protected") or {}
+            line["scale"] = protected.get("scale")  # of the update, where the KL budget shrank it at the end
         line["relative_drift"] = finite(DriftReport.measure(model, yardstick(base)).mean_relative_drift)
     figures, verdicts = measure(model, tokenizer, data, base, options)
     bits = "".join(f"{name} {text}\n" for name, text in verdicts.items())
