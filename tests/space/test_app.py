@@ -74,6 +74,6 @@ def test_without_gradio_one_sentence_names_the_extra(tmp_path):
     (tmp_path / "agl_trl").symlink_to(ROOT / "agl_trl")
     ended = run("-m", "agl_trl", "space", path=tmp_path, cwd=tmp_path)
     assert (ended.returncode, ended.stderr) == (
-        1,
+        2,
         "agl-trl: Comparisons in the browser need gradio: pip install 'agl-trl[space]'.\n",
     )
