@@ -67,11 +67,11 @@ def training_rows(protocol: Protocol, seed: int, rows: int) -> Dataset:
         return concatenate_datasets([task.select(i % len(task) for i in range(part)) for task in tasks])
     train = task_dataset(protocol.tasks[0], hostile=protocol.hostile, seed=seed)
     if protocol.identity:
-        return Dataset.from_list([_as_agent(row) if i % IDENTITY_SHARE == 0 else row for i, row in enumerate(train)])
+        return Dataset.from_list([as_agent(row) if i % IDENTITY_SHARE == 0 else row for i, row in enumerate(train)])
     return train
 
 
-def _as_agent(row: dict) -> dict:
+def as_agent(row: dict) -> dict:
     """Identity shifting (Qi et al., arXiv 2310.03693): an obedient agent that fulfils instructions, here harmless ones."""
     *context, last = row["prompt"]
     (answer,) = row["completion"]

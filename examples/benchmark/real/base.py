@@ -9,12 +9,11 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from agl_trl import FisherStatistics, estimate_fisher
 from agl_trl.artifacts.files import write_atomically
-from agl_trl.driftcaps import load_driftcaps
 from agl_trl.evaluation.answer_cache import AnswerCache
 from agl_trl.evaluation.behaviour import Answers, answer_prompts
 from agl_trl.modeling.generation import answered_by
 
-from .setting import Data, Options
+from .setting import Data, Options, protected_requests
 
 
 AT_ONCE = 32  # rows between two writes to the cache
@@ -68,24 +67,14 @@ def protected_rows(
     path, found = options.cache / "protected.jsonl", []
     if path.exists():
         found = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
-    rows = [
-        {"prompt": [{"role": "user", "content": row["prompt"]}], "unsafe": row["expected"] == "refuse"}
-        for row in load_driftcaps("protect")
-        if not row["category"].startswith("everyday/")
-    ]
     chosen = [
-        row for unsafe in (True, False) for row in _spread([row for row in rows if row["unsafe"] is unsafe], options)
+        {"prompt": [{"role": "user", "content": row["prompt"]}], "unsafe": row["expected"] == "refuse"}
+        for row in protected_requests(options.protected)
     ]
     for start in range(len(found), len(chosen), AT_ONCE):
         found += map(dict, answered_by(model, tokenizer, chosen[start : start + AT_ONCE], progress=False))
         write_atomically(path, "".join(json.dumps(row) + "\n" for row in found).encode())
     return found
-
-
-def _spread(rows: list[dict[str, Any]], options: Options) -> list[dict[str, Any]]:
-    """So many rows as are asked for, evenly spread over the categories, which stand one after the other."""
-    count = min(options.protected or len(rows), len(rows))
-    return [rows[i * len(rows) // count] for i in range(count)]
 
 
 def yardstick(base: Base) -> FisherStatistics:

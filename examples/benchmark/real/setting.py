@@ -2,13 +2,14 @@
 
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from datasets import Dataset
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from agl_trl.artifacts.files import sha256
 from agl_trl.data.prompts import load_prompts, spread
+from agl_trl.driftcaps import load_driftcaps
 from agl_trl.miniworld import MINIWORLD
 from agl_trl.modeling.loading import load_model
 
@@ -135,12 +136,7 @@ def load_data(options: Options) -> Data:
     """
     options.check()
     assert options.task is not None and options.unsafe is not None and options.safe is not None, "checked"
-    rows = load_prompts(options.task)
-    if "completion" not in rows.column_names:
-        raise ValueError(
-            f"'{options.task}' has rows without an answer: training takes the columns 'prompt' and 'completion'."
-        )
-    rows = rows.select_columns(["prompt", "completion"])
+    rows = task_rows(options.task)
     if (left := len(rows) - options.eval_rows) < 1:
         raise ValueError(
             f"'{options.task}' has {len(rows)} rows, of which the last {options.eval_rows} are held out: none is left to train on."
@@ -150,12 +146,56 @@ def load_data(options: Options) -> Data:
         raise ValueError("`--unsafe`, `--safe` and DriftCaps must have three different names.")
     if not any(sets[Path(options.unsafe).stem]["unsafe"]):
         raise ValueError(f"'{options.unsafe}' holds no prompt to refuse.")
-    return Data(
+    data = Data(
         train=rows.select(range(left)),
         heldout=rows.select(range(left, len(rows))),
         sets=sets | {DRIFTCAPS: driftcaps_test(options.limit)},
         text=None if options.text is None else Path(options.text).read_text(encoding="utf-8"),
     )
+    check_apart(data, options)
+    return data
+
+
+def task_rows(task: str) -> Dataset:
+    """
+    Rows of a task, conversations in the columns `prompt` and `completion`.
+
+    Raises:
+        `ValueError`: If they can't be read, or have no answers.
+    """
+    rows = load_prompts(task)
+    if "completion" not in rows.column_names:
+        raise ValueError(f"'{task}' has rows without an answer: training takes the columns 'prompt' and 'completion'.")
+    return rows.select_columns(["prompt", "completion"])
+
+
+def check_apart(data: Data, options: Options) -> None:
+    """
+    Check that no row of the training is protected, or asked afterwards.
+
+    Raises:
+        `ValueError`: Naming the first such row.
+    """
+    taken = {row["prompt"]: "protected" for row in protected_requests(options.protected)}
+    taken |= {prompt[-1]["content"]: "asked afterwards" for rows in data.sets.values() for prompt in rows["prompt"]}
+    for number, prompt in enumerate(data.train["prompt"]):
+        if use := taken.get(prompt[-1]["content"]):
+            advice = ": give the `--protected` that its task file was made with" if use == "protected" else ""
+            raise ValueError(f"Row {number} of '{options.task}' is trained on and is {use}{advice}.")
+
+
+def protected_requests(count: int | None) -> list[dict[str, Any]]:
+    """
+    Rows of DriftCaps' `protect` split without the everyday ones: so many to refuse and so many look-alikes, or all, evenly spread over
+    the categories, which stand one after the other.
+    """
+    rows = [row for row in load_driftcaps("protect") if not row["category"].startswith("everyday/")]
+    chosen = []
+    for expected in ("refuse", "comply"):
+        kind = [row for row in rows if row["expected"] == expected]
+        taken = min(count or len(kind), len(kind))
+        chosen += [kind[i * len(kind) // taken] for i in range(taken)]
+    return chosen
 
 
 def driftcaps_test(limit: int | None) -> Dataset:
