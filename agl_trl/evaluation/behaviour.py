@@ -21,7 +21,7 @@ from ..modeling.lora import AdaptedLayer
 from .answer_cache import AnswerCache
 from .answers import Answers, answer_prompts, answer_until, count_unasked
 from .judges import Judge, StringJudge
-from .probes import KL_TOKENS, Probes, first_token_kl, probe
+from .probes import KL_TOKENS, Probes, probe
 from .rates import Rate, binomial_test
 from .verdict_counts import verdict_counts
 
@@ -173,9 +173,8 @@ def measure_behaviour(
             unasked = count_unasked(chosen, before.refused, unsafe_column(prompts))
             prompts, before = prompts.select(chosen), before.select(chosen)
             questions = questions_of(prompts)
-    kl = first_token_kl(models, tokenizer, questions, before.texts, batch_size=batch_size)
-    probes = probe(models, tokenizer, questions, unsafe_column(prompts), batch_size=batch_size)
-    behaviour = compare(prompts, before, after, kl, probes, judge)
+    probes = probe(models, tokenizer, questions, before.texts, unsafe_column(prompts), batch_size=batch_size)
+    behaviour = compare(prompts, before, after, probes, judge)
     if unasked:
         behaviour.metadata["unasked"] = unasked
     return behaviour
@@ -196,8 +195,8 @@ def check_vocabulary(base: PreTrainedModel, tuned: PreTrainedModel, tokenizer: P
         )
 
 
-def compare(prompts: Dataset, base: Answers, tuned: Answers, kl: Tensor, probes: Probes, judge: Judge) -> Behaviour:
-    """Answers of two models to the same prompts, side by side with what [`first_token_kl`] and [`probe`] measured."""
+def compare(prompts: Dataset, base: Answers, tuned: Answers, probes: Probes, judge: Judge) -> Behaviour:
+    """Answers of two models to the same prompts, side by side with what [`probe`] measured."""
     columns, count = prompts.column_names, len(prompts)
     ids = list(prompts["id"]) if "id" in columns else [str(i) for i in range(count)]
     categories = list(prompts["category"]) if "category" in columns else ["all"] * count
@@ -227,7 +226,6 @@ def compare(prompts: Dataset, base: Answers, tuned: Answers, kl: Tensor, probes:
         refused_tuned=tuned.refused,
         nll_base=base.nll,
         nll_tuned=tuned.nll,
-        kl_first_tokens=kl,
         **probes._asdict(),
         metadata={
             "judge": {"name": judge_name, "version": judge.version},

@@ -22,7 +22,7 @@ from ..drift.plots import plot_drift
 from ..drift.report import DriftReport
 from ..evaluation.behaviour import Answers, answer_prompts, compare
 from ..evaluation.judges import StringJudge
-from ..evaluation.probes import first_token_kl, probe
+from ..evaluation.probes import probe
 from ..evaluation.rates import binomial_test
 from ..hub.model_card import write_card
 from ..miniworld import (
@@ -132,9 +132,8 @@ def run_demo(output_dir: Path, seeds: int = 1, task: str = "extract", steps: int
 
         for trainer, answers, its_report in ((plain, lora_answers, plain_report), (ours, agl_answers, report)):
             models, questions = BaseAndTuned(trainer.model), list(prompts["prompt"])
-            kl = first_token_kl(models, tokenizer, questions, aligned_answers.texts)
-            probes = probe(models, tokenizer, questions, torch.tensor(prompts["unsafe"]))
-            its_report.behaviour = compare(prompts, aligned_answers, answers, kl, probes, StringJudge())
+            probes = probe(models, tokenizer, questions, aligned_answers.texts, torch.tensor(prompts["unsafe"]))
+            its_report.behaviour = compare(prompts, aligned_answers, answers, probes, StringJudge())
             its_report.behaviour.metadata["prompts"] = {
                 "name": MINIWORLD,
                 "license": "apache-2.0",

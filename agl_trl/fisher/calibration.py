@@ -165,17 +165,17 @@ def _gradient(
             B.to(device if where.type == "meta" else where),
         )
         placed[name][1].requires_grad_()
-    (batch,) = batches(swapped, len(swapped), references.metadata["pad_token_id"], device)
-    with torch.enable_grad(), evaluating(model), _moved(layers, placed, 1.0):
-        logits, mask = answer_logits(model, batch)
-        nll = logits.new_zeros((), dtype=torch.float32)
-        for line in range(len(batch.indices)):
-            labels = batch.input_ids[line, 1:][batch.answer_mask[line, :-1]]
-            log_probs = logits[line, mask[line]].float().log_softmax(-1)
-            nll = nll - log_probs.gather(1, labels.to(log_probs.device)[:, None]).mean()
-        gradients = torch.autograd.grad(
-            nll, [B for _, B in placed.values()], allow_unused=True, materialize_grads=True
-        )
+    factors = [B for _, B in placed.values()]
+    gradients = [torch.zeros_like(B) for B in factors]
+    # Row by row: what a backward pass keeps of eight rows may be more than the model.
+    for batch in batches(swapped, 1, references.metadata["pad_token_id"], device):
+        with torch.enable_grad(), evaluating(model), _moved(layers, placed, 1.0):
+            logits, mask = answer_logits(model, batch)
+            labels = batch.input_ids[0, 1:][batch.answer_mask[0, :-1]]
+            log_probs = logits[0, mask[0]].float().log_softmax(-1)
+            nll = -log_probs.gather(1, labels.to(log_probs.device)[:, None]).mean()
+            of_row = torch.autograd.grad(nll, factors, allow_unused=True, materialize_grads=True)
+        gradients = [total + part for total, part in zip(gradients, of_row, strict=True)]
     return {
         name: (A, -gradient.sign().cpu())
         for (name, (A, _)), gradient in zip(direction.items(), gradients, strict=True)

@@ -15,7 +15,7 @@ from agl_trl.drift.plots import plot_drift
 from agl_trl.drift.thresholds import Condition, figures
 from agl_trl.drift.verdict import Outcome
 from agl_trl.evaluation.behaviour import measure_behaviour
-from agl_trl.evaluation.probes import first_token_kl
+from agl_trl.evaluation.probes import probe
 from agl_trl.hub.card_text import plain
 from agl_trl.hub.model_card import attach_card
 from agl_trl.modeling.base_and_tuned import BaseAndTuned
@@ -210,7 +210,7 @@ def test_answers_and_kl_are_of_the_model_as_it_answers(name, tokenizer):
     with model.disable_adapter():
         off = generate_answers(model, tokenizer, prompts, max_new_tokens=6, progress=False)
     assert off == generate_answers(base, tokenizer, prompts, max_new_tokens=6, progress=False) != answers
-    kl = first_token_kl(BaseAndTuned(model), tokenizer, prompts, off)
+    kl = probe(BaseAndTuned(model), tokenizer, prompts, off, torch.tensor([True, True])).kl_first_tokens
     for prompt, answer, base_answer, found in zip(prompts, answers, off, kl.tolist(), strict=True):
         question = tokenizer(prompt)["input_ids"]
         ids = list(question)

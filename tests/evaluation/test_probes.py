@@ -7,7 +7,7 @@ from peft import LoraConfig, get_peft_model
 
 from agl_trl.data.rows import prompt_ids
 from agl_trl.evaluation.behaviour import measure_behaviour
-from agl_trl.evaluation.probes import COMPLIANCE_OPENERS, REFUSAL_OPENERS, first_token_kl, opener_ids, probe
+from agl_trl.evaluation.probes import COMPLIANCE_OPENERS, REFUSAL_OPENERS, opener_ids, probe
 from agl_trl.miniworld import heldout_safe, heldout_unsafe, load_model, load_tokenizer
 from agl_trl.modeling.base_and_tuned import BaseAndTuned
 from agl_trl.modeling.lora import adapted_layers, at_reference
@@ -39,7 +39,9 @@ def test_probes_equal_one_prompt_at_a_time(prompts):
             p = output.logits[0, -1].double().softmax(-1)
             margins[side].append((p[refusal].sum().log() - p[compliance].sum().log()).item())
             states[side].append(torch.stack([h[0, -1] for h in output.hidden_states]).double())
-    probes = probe(BaseAndTuned(model), tokenizer, questions, unsafe, batch_size=4)
+    # What the answers are, and how many tokens they have, is nothing to what stands before them.
+    answers = [" ".join(["yes"] * number) for number in range(len(questions))]
+    probes = probe(BaseAndTuned(model), tokenizer, questions, answers, unsafe, batch_size=4)
     assert probes.margin_base.tolist() == pytest.approx(margins[0], rel=1e-3, abs=1e-3)
     assert probes.margin_tuned.tolist() == pytest.approx(margins[1], rel=1e-3, abs=1e-3)
     base, tuned = (torch.stack(side) for side in states)
@@ -55,7 +57,8 @@ def test_probes_equal_one_prompt_at_a_time(prompts):
 def test_openers_that_share_a_token_give_no_margin(tokenizer, prompts):
     """A byte tokenizer can't tell 'Sorry' from 'Sure' by the first token: NaN, not a number that means nothing."""
     assert opener_ids(tokenizer) is None
-    probes = probe(BaseAndTuned(adapted(0.1)), tokenizer, list(prompts["prompt"]), torch.tensor(prompts["unsafe"]))
+    questions, unsafe = list(prompts["prompt"]), torch.tensor(prompts["unsafe"])
+    probes = probe(BaseAndTuned(adapted(0.1)), tokenizer, questions, ["yes"] * len(questions), unsafe)
     assert probes.margin_base.isnan().all() and (probes.hidden_drift[1:] > 0).all() and probes.hidden_drift[0] == 0
 
 
@@ -71,14 +74,15 @@ def test_kl_equals_brute_force(tokenizer, prompts):
             base = model(input_ids=ids).logits.double().softmax(-1)
     window = slice(len(prompt_ids) - 1, len(prompt_ids) + 7)
     expected = (base * (base / tuned).log()).sum(-1)[0, window].mean()
-    value = first_token_kl(BaseAndTuned(model), tokenizer, [question, prompts[0]["prompt"]], [answer, ""])
+    asked, unsafe = [question, prompts[0]["prompt"]], torch.tensor([True, False])
+    value = probe(BaseAndTuned(model), tokenizer, asked, [answer, ""], unsafe).kl_first_tokens
     assert value[0].item() == pytest.approx(expected.item(), rel=1e-4) and torch.isfinite(value).all()
 
 
 def test_layers_of_different_sizes_are_probed_each_by_itself(tokenizer, prompts):
     base, tuned = tiny_model("opt").eval(), tiny_model("opt", seed=1).eval()
     questions, unsafe = list(prompts["prompt"]), torch.tensor(prompts["unsafe"])
-    probes = probe(BaseAndTuned(tuned, base), tokenizer, questions, unsafe, batch_size=3)
+    probes = probe(BaseAndTuned(tuned, base), tokenizer, questions, ["yes"] * len(questions), unsafe, batch_size=3)
     states: list[list] = [[], []]
     for side, model in zip(states, (base, tuned), strict=True):
         for question in questions:

@@ -217,6 +217,8 @@ def test_nll_and_kl_per_row_are_those_of_the_package_and_of_the_definition(optio
     each = torch.nn.functional.kl_div(tuned, before, log_target=True, reduction="none").sum(-1)
     expected = (each * batch.answer_mask).sum(1) / batch.answer_mask.sum(1)
     torch.testing.assert_close(kl.detach(), expected)
+    alone, nothing = row_figures(model, batch, compare=False)
+    assert torch.equal(alone, nll) and not nothing.any()
     assert (kl > 0).all() and torch.autograd.grad(kl.sum(), [p for p in model.parameters() if p.requires_grad])
 
 

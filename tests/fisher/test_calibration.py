@@ -86,6 +86,20 @@ def test_the_drift_that_is_asked_for_is_that_of_the_model(measured, monkeypatch)
     assert len({tuple(indices) for _, indices in seen}) == 1 and len(seen[0][1]) == 8
 
 
+def test_a_backward_pass_keeps_what_is_of_one_row(measured):
+    """Of eight long rows together it would keep more than the model; passes without a gradient keep nothing."""
+    model, statistics, references = measured
+    passes: list[tuple[bool, int]] = []
+
+    def count(module, args, kwargs):
+        passes.append((torch.is_grad_enabled(), len(kwargs["input_ids"])))
+
+    with model.get_base_model().register_forward_pre_hook(count, with_kwargs=True):
+        calibrate(model, copy.deepcopy(statistics), references, progress=False)
+    assert [rows for gradient, rows in passes if gradient] == [1] * 8
+    assert [rows for gradient, rows in passes if not gradient] == [8] * 3 * len(DRIFTS)
+
+
 def test_model_and_random_state_are_left_as_they_were(measured):
     model, statistics, references = measured
     before = {name: value.clone() for name, value in model.state_dict().items()}

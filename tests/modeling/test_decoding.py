@@ -7,7 +7,7 @@ from transformers import GenerationConfig, PreTrainedTokenizerFast
 
 from agl_trl import estimate_fisher
 from agl_trl.evaluation.behaviour import measure_behaviour
-from agl_trl.evaluation.probes import first_token_kl
+from agl_trl.evaluation.probes import probe
 from agl_trl.modeling.base_and_tuned import BaseAndTuned
 from agl_trl.modeling.generation import end_tokens, generate_answers, prompt_ids
 from tests.helpers.models import adapted, byte_tokenizer, moved_adapter, probe_prompts, tiny_model
@@ -129,4 +129,5 @@ def test_answers_end_where_the_model_reads_no_more(tokenizer):
     assert measured.kl_first_tokens.isfinite().all() and measured.kl_first_tokens.max() > 0
     assert "at most 64 tokens (128 with the prompt)" in measured.metadata["decoding"]
     # Read again, a character that was cut has more tokens than were written.
-    assert first_token_kl(BaseAndTuned(tuned), tokenizer, [asked[1]], ["\ufffd"]).isfinite().all()
+    probes = probe(BaseAndTuned(tuned), tokenizer, [asked[1]], ["\ufffd"], torch.tensor([True]))
+    assert probes.kl_first_tokens.isfinite().all()

@@ -6,7 +6,7 @@ from datasets import Dataset
 
 from agl_trl.data.alignment import batches, pad_token_id, tokenize_row
 from agl_trl.data.rows import prompt_ids, prompt_text
-from agl_trl.evaluation.probes import first_token_kl, probe
+from agl_trl.evaluation.probes import probe
 from agl_trl.modeling.base_and_tuned import BaseAndTuned
 from agl_trl.modeling.generation import (
     answer_logits,
@@ -133,13 +133,10 @@ def test_only_logits_that_are_read_are_made(tokenizer, prompts):
         torch.testing.assert_close(answer_nll(model, tokenizer, prompts), expected, rtol=1e-5, atol=1e-5)
         answers = made.pop()
         assert answers == count * int(batch.answer_mask.any(0).sum()) < 0.8 * batch.input_ids.numel()
-        first_token_kl(BaseAndTuned(model), tokenizer, questions, ["yes, that is it"] * count)
+        probe(BaseAndTuned(model), tokenizer, questions, ["yes, that is it"] * count, unsafe)
         lengths = {len(prompt_ids(tokenizer, question)) for question in questions}
         window = {length - 1 + i for length in lengths for i in range(8)}
-        assert made == [count * len(window)] * 2
-        made.clear()
-        probe(BaseAndTuned(model), tokenizer, questions, unsafe)
-        assert made == [count * len(lengths)] * 2
+        assert made == [count * len(window)] * 2, "one pass of either model"
 
 
 def test_a_model_that_makes_all_logits_gives_the_same(tokenizer, prompts):

@@ -23,14 +23,17 @@ BATCH = 4  # rows per forward pass: of a vocabulary of 150,000, logits of four a
 WINDOW = 128  # tokens of general text
 
 
-def row_figures(model: PreTrainedModel | PeftModel, batch: AlignmentBatch) -> tuple[Tensor, Tensor]:
+def row_figures(
+    model: PreTrainedModel | PeftModel, batch: AlignmentBatch, *, compare: bool = True
+) -> tuple[Tensor, Tensor]:
     """
     NLL of the answer of every row, and KL from the model with its adapter off, both means over the row's answer tokens, in
-    nats, of shape `(rows,)`; with a gradient where the model has one. The KL is zero where there is no adapter.
+    nats, of shape `(rows,)`; with a gradient where the model has one. The KL is zero where there is no adapter, or with
+    `compare=False`, which saves its pass.
     """
     logits, mask = answer_logits(model, batch)
     reference = logits.detach()
-    if isinstance(model, PeftModel):
+    if compare and isinstance(model, PeftModel):
         with torch.no_grad(), model.disable_adapter():
             reference, _ = answer_logits(model, batch)
     nll, kl = [], []
@@ -44,13 +47,17 @@ def row_figures(model: PreTrainedModel | PeftModel, batch: AlignmentBatch) -> tu
 
 @torch.no_grad()
 def likelihoods(
-    model: PreTrainedModel | PeftModel, tokenizer: PreTrainedTokenizerBase, rows: list[AlignmentRow]
+    model: PreTrainedModel | PeftModel,
+    tokenizer: PreTrainedTokenizerBase,
+    rows: list[AlignmentRow],
+    *,
+    compare: bool = True,
 ) -> tuple[float, float]:
     """Means over rows of [`row_figures`]; NaN where there is no row."""
     nll, kl = torch.full((len(rows),), torch.nan), torch.full((len(rows),), torch.nan)
     with evaluating(model):
         for batch in batches(rows, BATCH, pad_token_id(tokenizer), input_device(model)):
-            figures = row_figures(model, batch)
+            figures = row_figures(model, batch, compare=compare)
             nll[batch.indices], kl[batch.indices] = (values.cpu() for values in figures)
     return nll.mean().item(), kl.mean().item()
 
@@ -88,7 +95,7 @@ def measure(
         "kl_lookalikes": kl_lookalikes,
         "task_nll": task_nll,
         "task_exact": sum(same(a, b) for a, b in zip(written, expected, strict=True)) / len(expected),
-        "text_nll": likelihoods(model, tokenizer, text)[0],
+        "text_nll": likelihoods(model, tokenizer, text, compare=False)[0],
     }
     return {"prompts": prompts} | {name: finite(value) for name, value in figures.items()}, verdicts
 
