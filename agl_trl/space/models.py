@@ -25,6 +25,7 @@ from ..modeling.generation import (
     generate_answers,
     input_device,
     opened_by_template,
+    takes_logits_to_keep,
 )
 from ..modeling.loading import load_adapter, load_model
 from ..modeling.own_tokenizer import GREETING, difference, own_tokenizer
@@ -77,6 +78,7 @@ class Model:
         self.context = context_length(model)
         if self.context is not None and self._learned_prompt:
             self.context -= config.num_virtual_tokens
+        self._last_logits = {"logits_to_keep": 1} if takes_logits_to_keep(model) else {}
         self._ends, self._decode = end_tokens(tokenizer, model), answer_decoder(tokenizer)
 
     def stream(self, side: Side, prompt: str, decoding: Decoding) -> Iterator[tuple[str, int]]:
@@ -100,7 +102,9 @@ class Model:
         inputs, cache, written = torch.tensor([ids], device=device), None, list[int]()
         while len(written) < room:
             with self._as(side):
-                output = self._model(input_ids=inputs, past_key_values=cache, use_cache=not self._learned_prompt)
+                output = self._model(
+                    input_ids=inputs, past_key_values=cache, use_cache=not self._learned_prompt, **self._last_logits
+                )
             token = _choose(output.logits[0, -1].float(), decoding.temperature, generator)
             if token in self._ends:
                 break

@@ -38,6 +38,14 @@ def test_adapter_from_the_hub_has_two_panes(hub, online):
     assert Models(EMBEDDED, "alice/adapter").own.sides[1].detail == "alice/adapter"
 
 
+def test_of_a_prompt_only_the_last_logits_are_made():
+    model, made = Models().own, []
+    head = model._model.get_output_embeddings()
+    with head.register_forward_hook(lambda *args: made.append(args[-1].shape[:2].numel())):
+        written = [*model.stream(model.sides[0], UNSAFE, Decoding(0.0, 0, 4))]
+    assert len(written) == 4 and made == [1] * 4
+
+
 def test_adapter_that_was_trained_with_other_words_is_told(hub, online, tmp_path):
     shutil.copytree(ADAPTERS / "agl", tmp_path / "adapter")
     put(tmp_path / "adapter", "alice/same")
