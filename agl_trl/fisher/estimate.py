@@ -31,7 +31,7 @@ from ..modeling.generation import (
     context_length,
     evaluating,
     input_device,
-    takes_logits_to_keep,
+    last_logits,
 )
 from ..modeling.lora import layer_shape, linear_layers
 from ..objective.covariance import LowRankCovariance
@@ -220,7 +220,7 @@ def run_batch(
     else:
         # No logits are read, and with large vocabularies they are most of the memory and a good part of the time; but a head
         # that is measured itself must see every token.
-        fewer = {"logits_to_keep": 1} if takes_logits_to_keep(model) and not measures_head(model, collector) else {}
+        fewer = {} if measures_head(model, collector) else last_logits(model)
         with torch.no_grad():
             model(input_ids=batch.input_ids, attention_mask=batch.attention_mask, use_cache=False, **fewer)
 

@@ -24,8 +24,8 @@ from ..modeling.generation import (
     end_tokens,
     generate_answers,
     input_device,
+    last_logits,
     opened_by_template,
-    takes_logits_to_keep,
 )
 from ..modeling.loading import load_adapter, load_model
 from ..modeling.own_tokenizer import GREETING, difference, own_tokenizer
@@ -78,7 +78,7 @@ class Model:
         self.context = context_length(model)
         if self.context is not None and self._learned_prompt:
             self.context -= config.num_virtual_tokens
-        self._last_logits = {"logits_to_keep": 1} if takes_logits_to_keep(model) else {}
+        self._last_logits = last_logits(model)
         self._ends, self._decode = end_tokens(tokenizer, model), answer_decoder(tokenizer)
 
     def stream(self, side: Side, prompt: str, decoding: Decoding) -> Iterator[tuple[str, int]]:

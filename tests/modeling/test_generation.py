@@ -1,5 +1,7 @@
 """Answers and likelihoods: batching changes nothing, a likelihood is the model's own loss, and the model stays as it was."""
 
+from contextlib import nullcontext
+
 import pytest
 import torch
 from datasets import Dataset
@@ -12,8 +14,11 @@ from agl_trl.modeling.generation import (
     answer_logits,
     answer_nll,
     answered_by,
+    end_tokens,
     evaluating,
     generate_answers,
+    greedy_decoding,
+    padded_left,
     takes_logits_to_keep,
 )
 from tests.helpers.models import adapted, probe_prompts, tiny_model
@@ -137,6 +142,26 @@ def test_only_logits_that_are_read_are_made(tokenizer, prompts):
         lengths = {len(prompt_ids(tokenizer, question)) for question in questions}
         window = {length - 1 + i for length in lengths for i in range(8)}
         assert made == [count * len(window)] * 2, "one pass of either model"
+
+
+@pytest.mark.parametrize("on", [True, False])
+def test_a_frozen_head_reads_states_of_their_own(on, tokenizer, prompts):
+    """A view of the last states costs a copy of the whole head for every row; answers are those that a view gives."""
+    model, seen = adapted(0.5).eval(), []
+    head = model.get_output_embeddings()
+    assert not head.weight.requires_grad, "as under every adapter"
+    with nullcontext() if on else model.disable_adapter():
+        with head.register_forward_pre_hook(lambda module, args: seen.append(args[0])):
+            found = generate_answers(model, tokenizer, list(prompts["prompt"]), max_new_tokens=6, progress=False)
+        ids = [prompt_ids(tokenizer, prompt) for prompt in prompts["prompt"]]
+        padded = padded_left(ids, pad_token_id(tokenizer), torch.device("cpu"))
+        config = greedy_decoding(6, end_tokens(tokenizer, model), pad_token_id(tokenizer))
+        by_view = model.generate(**padded, generation_config=config, logits_to_keep=1)[
+            :, padded["input_ids"].shape[1] :
+        ]
+    assert len(seen) == 6 and all(states.shape[:2] == (len(prompts), 1) for states in seen)
+    assert all(states.stride() == torch.empty(states.shape).stride() for states in seen)
+    assert found == [text.strip() for text in tokenizer.batch_decode(by_view, skip_special_tokens=True)]
 
 
 def test_a_model_that_makes_all_logits_gives_the_same(tokenizer, prompts):
