@@ -24,7 +24,7 @@ from trl import SFTConfig, SFTTrainer
 from agl_trl.artifacts.files import check_writable
 from agl_trl.data.files import is_file, load_rows
 from agl_trl.data.prompts import load_prompts
-from agl_trl.evaluation.behaviour import answer_prompts
+from agl_trl.evaluation.answers import answer_prompts
 from agl_trl.evaluation.rates import Rate
 from agl_trl.modeling.loading import load_model
 

@@ -103,13 +103,17 @@ def takes_logits_to_keep(model: PreTrainedModel | PeftModel) -> bool:
     return "logits_to_keep" in signature(base.forward).parameters
 
 
-def last_logits(model: PreTrainedModel | PeftModel) -> dict[str, Tensor]:
+def last_logits(model: PreTrainedModel | PeftModel) -> dict[str, int | Tensor]:
     """
-    Argument of a forward pass that asks for the logits of the last token alone, empty for a model that makes all. Not the number 1,
-    for which transformers makes a view of the states: on a CPU, torch multiplies a view by a frozen head as a batch, with a copy of
-    the head for every row. Those of 32 rows are 9 GB with a vocabulary of 150,000 in bfloat16.
+    Argument of a forward pass that asks for the logits of the last token alone, empty for a model that makes all. On a CPU not the
+    number 1, for which transformers makes a view of the states: torch multiplies a view by a frozen head as a batch there, with a
+    copy of the head for every row. Those of 32 rows are 9 GB with a vocabulary of 150,000 in bfloat16. Elsewhere the number: a
+    model that is spread over several devices has its last states on another device than its inputs, where an index of these is not
+    read.
     """
-    return {"logits_to_keep": torch.tensor([-1], device=input_device(model))} if takes_logits_to_keep(model) else {}
+    if not takes_logits_to_keep(model):
+        return {}
+    return {"logits_to_keep": torch.tensor([-1]) if input_device(model).type == "cpu" else 1}
 
 
 def end_tokens(tokenizer: PreTrainedTokenizerBase, *models: PreTrainedModel | PeftModel) -> list[int]:

@@ -97,7 +97,8 @@ def test_the_benchmark_refuses_rows_that_it_protects_or_asks(options, tmp_path):
     prompts = tmp_path / "wicked.jsonl"
     prompts.write_text('{"prompt": "Do harm", "unsafe": true}\n')
     safe = tmp_path / "harmless.jsonl"
-    safe.write_text('{"prompt": "What is 250 plus 250?", "unsafe": false}\n')
+    parts = [{"role": "user", "content": [{"type": "text", "text": "What is 250 plus 250?"}]}]
+    safe.write_text(json.dumps({"prompt": parts, "unsafe": False}) + "\n")
     given = dict(model="miniworld", unsafe=str(prompts), safe=str(safe), eval_rows=40, protected=options.protected)
     written(options, "hostile-10")
     run = setting.Options(output=tmp_path / "runs", task=str(options.output), **given)

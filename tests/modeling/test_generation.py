@@ -9,6 +9,7 @@ from datasets import Dataset
 from agl_trl.data.alignment import batches, pad_token_id, tokenize_row
 from agl_trl.data.rows import prompt_ids, prompt_text
 from agl_trl.evaluation.probes import probe
+from agl_trl.modeling import generation
 from agl_trl.modeling.base_and_tuned import BaseAndTuned
 from agl_trl.modeling.generation import (
     answer_logits,
@@ -18,6 +19,7 @@ from agl_trl.modeling.generation import (
     evaluating,
     generate_answers,
     greedy_decoding,
+    last_logits,
     padded_left,
     takes_logits_to_keep,
 )
@@ -162,6 +164,14 @@ def test_a_frozen_head_reads_states_of_their_own(on, tokenizer, prompts):
     assert len(seen) == 6 and all(states.shape[:2] == (len(prompts), 1) for states in seen)
     assert all(states.stride() == torch.empty(states.shape).stride() for states in seen)
     assert found == [text.strip() for text in tokenizer.batch_decode(by_view, skip_special_tokens=True)]
+
+
+def test_beside_the_cpu_no_index_lies_on_one_device(monkeypatch):
+    """The last states of a model that is spread lie on another device than its inputs: an index of the inputs' device fails."""
+    model = tiny_model()
+    assert last_logits(model)["logits_to_keep"].tolist() == [-1]
+    monkeypatch.setattr(generation, "input_device", lambda model: torch.device("cuda", 0))
+    assert last_logits(model) == {"logits_to_keep": 1}
 
 
 def test_a_model_that_makes_all_logits_gives_the_same(tokenizer, prompts):

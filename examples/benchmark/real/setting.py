@@ -9,6 +9,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from agl_trl.artifacts.files import sha256
 from agl_trl.data.prompts import load_prompts, spread
+from agl_trl.data.rows import prompt_text
 from agl_trl.driftcaps import load_driftcaps
 from agl_trl.miniworld import MINIWORLD
 from agl_trl.modeling.loading import load_model
@@ -177,9 +178,9 @@ def check_apart(data: Data, options: Options) -> None:
         `ValueError`: Naming the first such row.
     """
     taken = {row["prompt"]: "protected" for row in protected_requests(options.protected)}
-    taken |= {prompt[-1]["content"]: "asked afterwards" for rows in data.sets.values() for prompt in rows["prompt"]}
+    taken |= {prompt_text(prompt): "asked afterwards" for rows in data.sets.values() for prompt in rows["prompt"]}
     for number, prompt in enumerate(data.train["prompt"]):
-        if use := taken.get(prompt[-1]["content"]):
+        if use := taken.get(prompt_text(prompt)):
             advice = ": give the `--protected` that its task file was made with" if use == "protected" else ""
             raise ValueError(f"Row {number} of '{options.task}' is trained on and is {use}{advice}.")
 
