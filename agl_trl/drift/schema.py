@@ -122,6 +122,7 @@ class CoefficientsUsed(Metadata):
     drift_budget: Number | None = None
     anchor_coef: Number = 0.0
     fisher_coef: Number = 0.0
+    trust_radius: Number | None = None
     anchor_every: Integer = 0
 
 
@@ -148,6 +149,7 @@ class ProtectedUsed(Metadata):
 
     behaviours: dict[str, BehaviourKept]
     scale: Number | None = None
+    share_per_drift: Number | None = None
 
 
 class DriftMetadata(Metadata):

@@ -87,14 +87,6 @@ def is_calibrated(statistics: FisherStatistics) -> bool:
     return statistics.metadata.get("kl_curve") is not None
 
 
-def slope_at(statistics: FisherStatistics, kl: float) -> float:
-    """
-    KL over relative drift, where a gradient's direction reaches a KL: what a drift costs there. A run's first steps are of this kind.
-    A weight between this and a random direction's was tried: on a real model it kept fewer refusals, with less of the task.
-    """
-    return kl / drift_at(statistics, kl)[0]
-
-
 def drift_at(statistics: FisherStatistics, kl: float) -> tuple[float, float]:
     """
     The relative drift at which a KL is reached, by the curve that statistics carry.

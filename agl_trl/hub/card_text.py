@@ -62,7 +62,9 @@ def describe_settings(settings: dict[str, Any]) -> str:
         parts.append(f"KL budget {settings['kl_budget']} nats per answer token on protected rows")
     if settings.get("drift_budget") is not None:
         parts.append(f"drift budget {settings['drift_budget']}")
-    if settings.get("fisher_coef"):
+    if settings.get("trust_radius"):
+        parts.append(f"trust region of {settings['trust_radius']} budgets in the Fisher metric")
+    if settings.get("fisher_coef"):  # of earlier versions
         parts.append(f"Fisher form {settings['fisher_coef']}")
     if settings.get("anchor_coef"):
         every = f" every {settings['anchor_every']} steps" if "anchor_every" in settings else ""

@@ -14,7 +14,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, HubStrategy
 from ..artifacts.files import TAG, ArtifactError
 from ..data.alignment import driftcaps_requests
 from ..drift.report import DriftReport
-from ..fisher.calibration import calibrate, is_calibrated, slope_at
+from ..fisher.calibration import calibrate, drift_at, is_calibrated
 from ..fisher.protected_rows import ALIGNMENT
 from ..fisher.reference_answers import ReferenceAnswers
 from ..fisher.statistics import FisherStatistics
@@ -206,24 +206,31 @@ class AlignGuardCallback(TrainerCallback):
             assert self.statistics is not None, "checked"
             if self.references is not None:
                 self.references.check_fits(model)
-                if config.kl_budget is not None and config.fisher_coef > 0 and not is_calibrated(self.statistics):
+                if self._has_region and not is_calibrated(self.statistics):
                     progress = not args.disable_tqdm
                     calibrate(model, self.statistics, self.references, seed=args.seed, progress=progress)
-        slope = 0.0
+        share = begun.share_per_drift
         if self.references is not None:
             self.protection = Protection(config, self.references, self.layers, args.seed)
-            if config.kl_budget is not None and config.fisher_coef > 0:
-                slope = slope_at(self.statistics, config.kl_budget)
+            if self._has_region and share is None:  # where a gradient's direction reaches the budget
+                assert config.kl_budget is not None, "checked"
+                share = 1 / drift_at(self.statistics, config.kl_budget)[0]
         self.regularizer = Regularizer(
             config,
             self.layers,
             self.statistics,
             task_statistics,
             drift_budget=self._drift_budget(),
-            kl_per_drift=slope,
+            share_per_drift=share,
             multiplier=begun.multiplier,
             seed=args.seed,
         )
+
+    @property
+    def _has_region(self) -> bool:
+        """Whether a trust region holds the run, which needs rows to learn how large it may be; DeepSpeed's weights can't be moved."""
+        deepspeed = AcceleratorState().deepspeed_plugin is not None
+        return self.config.kl_budget is not None and self.config.trust_radius is not None and not deepspeed
 
     @property
     def _has_rows(self) -> bool:
@@ -260,12 +267,18 @@ class AlignGuardCallback(TrainerCallback):
         assert self.regularizer is not None, "training has begun"
         step = state.global_step
         terms, gradients = self.regularizer.gradients(step)
-        add_gradients(self.regularizer.parameters, gradients, engine)
+        if gradients:
+            add_gradients(self.regularizer.parameters, gradients, engine)
         del gradients  # before the anchor's forward pass
+        region = self.regularizer.trust_region
         if self.protection is not None:
             anchored = self.protection.protect(model, step, engine)
             terms["penalty"] = terms["penalty"] + anchored.pop("penalty", 0)
             terms |= anchored
+            if region is not None and "kl_budget_share" in anchored:
+                region.observe(anchored["kl_budget_share"], terms["relative_drift"])
+        if region is not None:
+            terms["drift_limit"] = region.limit()
         for name, value in terms.items():
             self._metrics.setdefault(f"agl/{name}", []).append(value)
 

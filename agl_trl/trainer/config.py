@@ -63,8 +63,9 @@ class AlignGuardConfig:
         anchor_coef (`float`, *optional*):
             Weight of the KL to the reference model on protected rows, whose gradient is at most as long as that of all else. `None`
             takes 0.6 under a `kl_budget`, and 0 otherwise.
-        fisher_coef (`float`, *optional*, defaults to `0.1`):
-            Weight of the Fisher form under a `kl_budget`, in nats of the KL that it predicts.
+        trust_radius (`float`, *optional*, defaults to `2.0`):
+            Under a `kl_budget`, the relative drift is kept after every step at or below where the KL is expected to be this many times
+            the budget: what protected inputs excite is taken back, the rest of the step stays. `None` leaves it free.
         anchor_every (`int`, *optional*, defaults to `2`):
             Optimizer steps between two anchored ones.
         anchor_batch_size (`int`, *optional*, defaults to `4`):
@@ -181,9 +182,12 @@ class AlignGuardConfig:
             "help": "Weight of the KL to the reference model on protected rows. `None` takes 0.6 under a `kl_budget`, and 0 otherwise."
         },
     )
-    fisher_coef: float = field(
-        default=0.1,
-        metadata={"help": "Weight of the Fisher form under a `kl_budget`, in nats of the KL that it predicts."},
+    trust_radius: float | None = field(
+        default=2.0,
+        metadata={
+            "help": "Under a `kl_budget`, the drift is kept after every step where the KL is expected to be at most this many times the "
+            "budget. `None` leaves it free."
+        },
     )
     anchor_every: int = field(default=2, metadata={"help": "Optimizer steps between two anchored ones."})
     anchor_batch_size: int = field(
@@ -261,7 +265,7 @@ class AlignGuardConfig:
                 self.kl_budget = DEFAULT_KL_BUDGET
         if self.anchor_coef is None:
             self.anchor_coef = 0.0 if self.kl_budget is None else DEFAULT_ANCHOR_COEF
-        for name in ("alignment_coef", "task_coef", "collision_coef", "anchor_coef", "fisher_coef"):
+        for name in ("alignment_coef", "task_coef", "collision_coef", "anchor_coef"):
             value = getattr(self, name)
             if value is not None and value < 0:
                 raise ValueError(f"`{name}` must not be negative, got {value}.")
@@ -281,7 +285,7 @@ class AlignGuardConfig:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ValueError(f"`{name}` must be at least 1, got {value}.")
-        for name in ("kl_budget", "drift_budget", "collision_width"):
+        for name in ("kl_budget", "drift_budget", "trust_radius", "collision_width"):
             value = getattr(self, name)
             if value is not None and value <= 0:
                 raise ValueError(f"`{name}` must be above 0, got {value}.")

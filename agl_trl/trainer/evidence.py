@@ -66,6 +66,8 @@ def drift_of(
         report.metadata["coefficients"]["drift_budget"] = regularizer.budget.budget  # also a translated one
     if protection is not None:
         report.metadata["protected"] = protection.described()
+        if regularizer is not None and regularizer.trust_region is not None:
+            report.metadata["protected"]["share_per_drift"] = regularizer.trust_region.share_per_drift.item()
     return report
 
 

@@ -96,6 +96,9 @@ class Protection:
                     for parameter, gradient in zip(parameters, gradients, strict=True):
                         parameter.sub_(eta.to(gradient.device, gradient.dtype) * gradient)
                 logged[f"kl_step{suffix}"] = eta * norm
+            if self.budgets:  # of the behaviour that is nearest to its budget
+                share = kl / self.budgets[behaviour]
+                logged["kl_budget_share"] = torch.maximum(logged.get("kl_budget_share", share), share)
             logged |= {f"kl{suffix}": kl, f"kl_first_tokens{suffix}": first.detach()}
             logged["penalty"] = logged.get("penalty", 0) + weight * torch.where(sound, kl, 0)
         return logged

@@ -9,11 +9,12 @@ from torch.distributed.tensor import DTensor
 
 from ..fisher.statistics import FisherStatistics
 from ..modeling.lora import AdaptedLayer, frozen_weights
-from ..modeling.sharding import local
+from ..modeling.sharding import local, put, whole
 from ..objective.alignguard import AlignGuardObjective, Coefficients
 from ..objective.budget import DriftBudget
 from ..objective.paper import PaperObjective
 from ..objective.quadratic_form import InputSide, LoraFactors, RelativeDrift
+from ..objective.trust_region import TrustRegion, step_within
 from .config import AlignGuardConfig
 
 
@@ -32,8 +33,8 @@ class Regularizer:
             Statistics of the task's rows, where the coefficients need them.
         drift_budget (`float`, *optional*):
             Largest relative drift, where it is held.
-        kl_per_drift (`float`, *optional*, defaults to `0.0`):
-            KL that a relative drift of 1 stands for, by the slope of the curve of the statistics, where a KL budget weighs it.
+        share_per_drift (`float`, *optional*):
+            Share of the KL budget that a relative drift of 1 stands for, where a trust region is held.
         multiplier (`float`, *optional*, defaults to `0.0`):
             Initial multiplier of the drift budget, to continue a run.
         seed (`int`, *optional*, defaults to `0`):
@@ -48,7 +49,7 @@ class Regularizer:
         task_statistics: FisherStatistics | None = None,
         *,
         drift_budget: float | None = None,
-        kl_per_drift: float = 0.0,
+        share_per_drift: float | None = None,
         multiplier: float = 0.0,
         seed: int = 0,
     ):
@@ -78,7 +79,11 @@ class Regularizer:
             )
             self.drift = RelativeDrift([stack.group for stack in self.objective.stacks])  # statistics are held once
         self.alignment = torch.tensor(coefficients.alignment, device=factors[0].A.device)  # λ_A, for the complete form
-        self.form_weight = config.fisher_coef * kl_per_drift  # of the relative drift, under a KL budget
+        self.trust_region: TrustRegion | None = None
+        if share_per_drift is not None and config.trust_radius is not None:
+            self.trust_region = TrustRegion(
+                config.trust_radius, torch.tensor(share_per_drift, device=self.alignment.device)
+            )
         self._inputs: tuple[int, list[InputSide]] | None = None  # of the current A, and its version
         self.budget: DriftBudget | None = None
         if drift_budget is not None:
@@ -102,7 +107,6 @@ class Regularizer:
             terms["relative_drift"] = self.drift(factors).mean()
         if self.objective is None:
             terms["penalty"] = self.alignment * terms["relative_drift"]
-        terms["penalty"] = terms["penalty"] + self.form_weight * terms["relative_drift"]
         if self.budget is not None:
             terms["penalty"] = terms["penalty"] + self.budget.penalty(terms["relative_drift"])
             terms["budget_multiplier"] = self.budget.multiplier.clone()
@@ -110,7 +114,7 @@ class Regularizer:
 
     def gradients(self, step: int) -> tuple[dict[str, Tensor], tuple[Tensor, ...]]:
         """
-        [`terms`] without a graph, and the gradient of their penalty with respect to A and B of every layer in turn.
+        [`terms`] without a graph, and the gradient of their penalty with respect to A and B of every layer in turn, if there is one.
         Nothing of it lives on during the model's forward and backward pass.
         """
         if self.objective is not None:
@@ -122,13 +126,15 @@ class Regularizer:
         factors = self.factors()
         with torch.no_grad():
             inputs, outputs = self._input_sides(factors), self.drift.output_grams(factors)
-            weight = self.alignment + self.form_weight
+            weight = self.alignment
             drift = self.drift.value(inputs, outputs).mean()
             terms = {"relative_drift": drift}
             if self.budget is not None:
                 weight = weight + self.budget.weight()
                 terms["budget_multiplier"] = self.budget.multiplier.clone()
             terms["penalty"] = weight * drift
+            if self.budget is None and self.config.alignment_coef == 0:  # nothing weighs on the weights
+                return terms, ()
             gradients = tuple(self.drift.gradients(factors, inputs, outputs, weight))
         if self._factors is None:  # from the movement to the parameters it is made of
             moved = [tensor for factor in factors for tensor in factor[:2]]
@@ -147,18 +153,27 @@ class Regularizer:
 
     @torch.no_grad()
     def hold(self) -> None:
-        """After the optimizer has moved the weights: hold the budget."""
+        """After the optimizer has moved the weights: hold the trust region and the budget."""
         self._inputs = None  # of the weights before
-        if self.budget is not None:
+        if self.trust_region is None and self.budget is None:
+            return
+        factors = self.factors()
+        inputs = self.drift.input_sides(factors)
+        if self.trust_region is not None:
+            moving = self.layers[0].reference is not None
+            steps = step_within(self.drift, factors, inputs, self.trust_region.limit(), continued=moving)
+            for layer, step in zip(self.layers, steps, strict=True):
+                B = layer.parameters()[1]
+                put(B, whole(B) + (step / layer.module.scaling[layer.adapter] if moving else step))
             factors = self.factors()
-            inputs = self.drift.input_sides(factors)
+        if self.budget is not None:
             drift = self.drift.value(inputs, self.drift.output_grams(factors)).mean()
             # A continued adapter can't be scaled back to where it started within its rank; the multiplier alone holds it.
             self.budget.after_step(
                 drift, [local(layer.parameters()[1]) for layer in self.layers if layer.reference is None]
             )
-            if self._factors is not None:  # A stays as it is, and the next step reads it again
-                self._inputs = self._version(), inputs
+        if self._factors is not None:  # A stays as it is, and the next step reads it again
+            self._inputs = self._version(), inputs
 
 
 def coefficients_of(config: AlignGuardConfig) -> Coefficients:
@@ -189,5 +204,5 @@ def settings_of(config: AlignGuardConfig) -> dict[str, Any]:
             shown[name] = value
     if config.anchored:
         names = ("anchor_coef", "anchor_every", "anchor_batch_size")
-        shown |= {name: getattr(config, name) for name in (*names, *(("fisher_coef",) if config.kl_budget else ()))}
+        shown |= {name: getattr(config, name) for name in (*names, *(("trust_radius",) if config.kl_budget else ()))}
     return shown

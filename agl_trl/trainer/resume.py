@@ -70,11 +70,14 @@ class CheckpointState:
     Args:
         multiplier (`float`, *optional*, defaults to `0.0`):
             Of the drift budget.
+        share_per_drift (`float`, *optional*):
+            Share of the KL budget that a relative drift of 1 stands for, of the trust region.
         references ([`ReferenceAnswers`], *optional*):
             Answers of the reference model.
     """
 
     multiplier: float = 0.0
+    share_per_drift: float | None = None
     references: ReferenceAnswers | None = None
 
 
@@ -103,4 +106,5 @@ def checkpoint_state(checkpoint: str | Path, model: PeftModel) -> tuple[list[Ada
         )
     file = Path(checkpoint) / FOLDER / REFERENCE_ANSWERS_FILE
     references = ReferenceAnswers.from_pretrained(file) if file.is_file() else None
-    return layers, CheckpointState(report.budget_multiplier or 0.0, references)
+    share = report.metadata.get("protected", {}).get("share_per_drift")
+    return layers, CheckpointState(report.budget_multiplier or 0.0, share, references)

@@ -8,7 +8,7 @@ from peft import LoraConfig, get_peft_model
 
 from agl_trl import estimate_fisher
 from agl_trl.data.alignment import select_rows, tokenize_rows
-from agl_trl.fisher.calibration import DRIFTS, calibrate, drift_at, is_calibrated, slope_at
+from agl_trl.fisher.calibration import DRIFTS, calibrate, drift_at, is_calibrated
 from agl_trl.fisher.protected_rows import COMPLY, REFUSE, reference_answers
 from agl_trl.fisher.reference_answers import ReferenceAnswers
 from agl_trl.fisher.statistics import FisherStatistics
@@ -133,7 +133,6 @@ def test_translation_reads_the_curve_between_its_points_and_beyond_them(measured
     assert drift_at(statistics, 1e-3)[0] == pytest.approx(1e-3 / 10**0.5), "straight in logarithms"
     assert drift_at(statistics, 1e-5)[0] == pytest.approx(1e-5), "before its first point"
     assert drift_at(statistics, 10.0)[0] == pytest.approx(0.1), "after its last"
-    assert slope_at(statistics, 1e-2) == pytest.approx(10.0), "along the gradient"
     statistics.metadata["kl_curve"]["kl"] = [[1e-6, 1e-4, 1e-5], [0.0, 0.0, 0.0]]
     assert drift_at(statistics, 1e-4)[0] > 0, "a flat one too has an answer"
 

@@ -147,6 +147,7 @@ def test_a_behaviour_that_is_no_number_is_not_hidden_by_another(tokenizer, caplo
 
 
 FAST = dict(learning_rate=3e-2, max_steps=10, anchor_every=5)
+UNHELD = FAST | dict(trust_radius=None)  # so that the end is far beyond the budget
 
 
 def test_at_the_end_the_kl_of_all_rows_is_within_the_budget(tmp_path, tokenizer, opposite_rows, mixed_rows, caplog):
@@ -154,7 +155,7 @@ def test_at_the_end_the_kl_of_all_rows_is_within_the_budget(tmp_path, tokenizer,
     free.train()
     assert free.align_guard.protection.scale == 1.0
     assert free.align_guard.references.kl(free.model)[:, 0].mean() > 0.1 and "was shrunk" not in caplog.text
-    trainer = agl_trainer(tmp_path, tokenizer, opposite_rows, mixed_rows, telling_model(), kl_budget=0.02, **FAST)
+    trainer = agl_trainer(tmp_path, tokenizer, opposite_rows, mixed_rows, telling_model(), kl_budget=0.02, **UNHELD)
     trainer.train()
     guard = trainer.align_guard
     assert guard.protection.scale < 0.5
@@ -215,7 +216,7 @@ def test_a_continued_adapter_is_drawn_back_to_where_it_started(tmp_path, tokeniz
             if state.global_step == args.max_steps:
                 ends.append(adapter_of_model(model))
 
-    trainer = agl_trainer(tmp_path, tokenizer, opposite_rows, mixed_rows, model, kl_budget=0.02, **FAST)
+    trainer = agl_trainer(tmp_path, tokenizer, opposite_rows, mixed_rows, model, kl_budget=0.02, **UNHELD)
     trainer.add_callback(End())
     trainer.train()
     guard = trainer.align_guard
