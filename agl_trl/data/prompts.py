@@ -4,7 +4,7 @@ from collections import Counter, defaultdict
 from fnmatch import fnmatchcase
 from typing import Any, NamedTuple
 
-from datasets import Dataset, Features, Json, List, Value, concatenate_datasets, load_dataset
+from datasets import Dataset, Features, List, Value, concatenate_datasets, load_dataset
 from datasets.exceptions import DatasetNotFoundError
 from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, RepositoryNotFoundError
 
@@ -13,7 +13,7 @@ from ..driftcaps import load_driftcaps
 from ..miniworld import MINIWORLD, heldout_prompts
 from .files import is_file, load_rows, read_failure
 from .labels import is_missing, is_unsafe
-from .rows import OF_TEMPLATE, Row, RowError, check_content, content_text
+from .rows import OF_TEMPLATE, Row, RowError, as_json, check_content, content_text
 
 
 PROMPT_COLUMNS = ("prompt", "instruction", "question", "goal", "Goal", "forbidden_prompt", "text")
@@ -151,11 +151,11 @@ def map_rows(rows: Dataset, spec: PromptSet) -> Dataset:
                 "unsafe": unsafe,
                 "id": str(row[spec.id] if spec.id else index),
                 "completion": completion,
-                **{column: row[column] for column in OF_TEMPLATE if column in row},
+                **{column: as_json(row[column]) for column in OF_TEMPLATE if column in row},
             }
     if not prompts:
         raise ValueError(f"'{spec.source}' holds no prompts.")
-    told = {column: Json() for column in OF_TEMPLATE if column in rows.column_names}
+    told = {column: TEXT for column in OF_TEMPLATE if column in rows.column_names}
     dataset = Dataset.from_list(list(prompts.values()), features=Features(FEATURES | told))
     dataset.info.license = spec.license
     return dataset if all(dataset["completion"]) else dataset.remove_columns("completion")

@@ -6,7 +6,7 @@ from fnmatch import fnmatch
 from pathlib import Path, PurePosixPath
 from typing import Self
 
-import httpx2
+import huggingface_hub
 from huggingface_hub import CommitInfo, CommitOperationAdd, CommitOperationDelete, HfApi
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, OfflineModeIsEnabled, RepositoryNotFoundError
 
@@ -21,6 +21,11 @@ from ..artifacts.files import (
 )
 from ..drift.report import DriftReport
 
+
+if int(huggingface_hub.__version__.partition(".")[0]) >= 2:  # the client that it speaks HTTP with, and brings
+    import httpx2 as httpx
+else:
+    import httpx
 
 # Temporary files, and answers, which may say what nobody should read.
 NEVER_PUSHED = ("_*", "*/_*", ".cache/*", ".git/*", "answers.jsonl")
@@ -69,12 +74,12 @@ def reason(error: Exception) -> str:
         return _REASONS.get(status, f"the Hub answered with status {status}")
     if isinstance(error, OfflineModeIsEnabled):
         return "offline mode is on (HF_HUB_OFFLINE)"
-    if isinstance(error, httpx2.HTTPError | ConnectionError):
+    if isinstance(error, httpx.HTTPError | ConnectionError):
         return f"the Hub could not be reached or dropped the connection ({type(error).__name__})"
     return first_line(error)
 
 
-FAILURES = (HfHubHTTPError, HFValidationError, httpx2.HTTPError, ValueError, OSError)
+FAILURES = (HfHubHTTPError, HFValidationError, httpx.HTTPError, ValueError, OSError)
 
 
 def create_repo(repo_id: str, *, private: bool | None = None, token: str | None = None, **space: object) -> str:
