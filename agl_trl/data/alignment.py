@@ -196,7 +196,9 @@ def _common_prefix(one: Sequence[Any], other: Sequence[Any]) -> int:
 def _with_prompt(chosen: Any, rejected: Any) -> dict[str, Any]:
     """Two answers that begin with their prompt, taken apart as `trl.extract_prompt` does, which callback and statistics do without."""
     end = min(_common_prefix(chosen, rejected), min(len(chosen), len(rejected)) - 1)
-    if chosen[end] != rejected[end] and chosen[end - 1] == " ":  # which tokenizers take together with the word that follows
+    if (
+        chosen[end] != rejected[end] and chosen[end - 1] == " "
+    ):  # which tokenizers take together with the word that follows
         end -= 1
     return {"prompt": chosen[:end], "chosen": chosen[end:], "rejected": rejected[end:]}
 

@@ -106,11 +106,13 @@ class SavingMixin(_Parent):
             )
 
     def init_hf_repo(self, token: str | None = None, private: bool | None = None) -> None:
+        if private is not None:
+            self.args.hub_private_repo = private  # where every transformers looks; before 5.23 there is no argument
         if not self.args.agl_enabled:
-            super().init_hf_repo(token, private)
+            super().init_hf_repo(token)
             return
         try:
-            super().init_hf_repo(token, private)
+            super().init_hf_repo(token)
         except FAILURES as error:
             name = self.args.hub_model_id or Path(self.args.output_dir).name
             raise PushError(f"Can't create the repo '{name}' to push to: {reason(error)}.") from error
@@ -130,11 +132,13 @@ class SavingMixin(_Parent):
         Raises:
             [`PushError`]: With the command that repeats the push; all files stay on disk.
         """
+        if private is not None:
+            self.args.hub_private_repo = private
         if self.statistics is None:
-            return super().push_to_hub(commit_message, blocking, token, revision, private, **kwargs)
+            return super().push_to_hub(commit_message, blocking, token, revision, **kwargs)
         self.callback_handler.on_push_begin(self.args, self.state, self.control)
         if self.hub_model_id is None:
-            self.init_hf_repo(token=token, private=private)
+            self.init_hf_repo(token=token)
         self.save_model(_internal_call=True)
         if not self.is_world_process_zero():
             return None
