@@ -57,7 +57,7 @@ def check(python: Path, names: list[str], folder: Path) -> Iterator[dict[str, st
         subprocess.Popen(command, cwd=ROOT, env=settings, stdout=subprocess.PIPE, stderr=log, text=True) as process,
     ):
         assert process.stdout is not None
-        yield from (json.loads(line) for line in process.stdout if line.startswith("{"))
+        yield from (json.loads(line) for line in process.stdout if line.startswith('{"'))
 
 
 def table(results: dict[str, dict]) -> str:
@@ -92,7 +92,6 @@ def main(
         found = results.setdefault(column, {"checks": {}})
         if found.get("versions") != versions:
             results[column] = found = {"checks": {}, "versions": versions}
-        old = found["checks"].get("SFT", "").startswith("needs")
         done = found["checks"]
         for result in check(python, [name for name in CHECKS if done.get(name) in (None, "fails")], folder):
             done |= result
