@@ -44,6 +44,7 @@ def main(output_dir: Annotated[Path, typer.Option()] = Path("outputs/llama-facto
         save_strategy="no",
         report_to="none",
         use_cpu=True,
+        overwrite_output_dir=True,
         disable_gradient_checkpointing=True,
     )
     run_exp(config | dict(output_dir=str(output_dir / "plain")))

@@ -10,16 +10,29 @@ from typing import Annotated
 
 import typer
 from swift import sft_main
+from swift.template import TemplateMeta, register_template
 
 from .world import BATCH, LEARNING_RATE, RANK, STEPS, model_folder, show, write_rows
 
 
+# The chat template of the embedded model, as ms-swift writes one; it knows those of well-known models.
+END = ["eos_token_id"]
+MINIWORLD = TemplateMeta(
+    "miniworld",
+    prefix=[["bos_token_id"]],
+    prompt=["<|user|>{{QUERY}}", END, "<|assistant|>"],
+    chat_sep=[END],
+    suffix=[END],
+)
+
+
 def main(output_dir: Annotated[Path, typer.Option()] = Path("outputs/ms-swift"), steps: int = STEPS) -> None:
     output_dir.mkdir(parents=True, exist_ok=True)
+    register_template(MINIWORLD)
     options = {
         "model": model_folder(output_dir),
         "model_type": "llama",
-        "template_backend": "jinja",
+        "template": "miniworld",
         "dataset": write_rows(output_dir),
         "tuner_type": "lora",
         "target_modules": "all-linear",
