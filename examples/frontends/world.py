@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 
 import torch
+import typer
 from peft import PeftModel
 from rich.console import Console
 from rich.table import Table
@@ -53,3 +54,16 @@ def show(title: str, adapters: dict[str, Path]) -> None:
             drift, kl = f"{report.mean_relative_drift:.1e}", f"{kept['kl']:.3f}"
         table.add_row(name, *counts, f"{nll:.3f}", drift, kl)
     Console().print(table)
+
+
+def main(folder: Path) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    model_folder(folder)
+    write_rows(folder)
+    adapters = {path.parent.name: path.parent for path in sorted(folder.glob("*/adapter_config.json"))}
+    if adapters:  # of runs that have been made
+        show(str(folder), adapters)
+
+
+if __name__ == "__main__":
+    typer.run(main)

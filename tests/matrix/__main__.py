@@ -43,7 +43,7 @@ def environment(column: str, folder: Path, shared: Path | None) -> Path:
             (site,) = (folder / "lib").glob("python*/site-packages")
             (site / "shared.pth").write_text(f"{shared.absolute()}\n")
         pip = [python, "-m", "pip", "install", "--quiet", "--disable-pip-version-check"]
-        subprocess.run([*pip, "-c", constraints, "-e", ROOT, "pytest"], check=True)
+        subprocess.run([*pip, "-c", constraints, "-e", f"{ROOT}[report]", "pytest"], check=True)
         mark.write_text(wanted)
     return python
 

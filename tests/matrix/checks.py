@@ -176,6 +176,7 @@ def run(name: str, folder: Path) -> str:
     try:
         CHECKS[name](folder)
     except MissingExtra as error:  # the sentence of the trainers
+        print(f"{name}: {error}", file=sys.stderr)
         return f"needs TRL {TRL}" if f"need TRL {TRL} or newer" in str(error) else "fails"
     except Exception:  # noqa: BLE001 (whatever these versions raise)
         print(f"{name}:\n{traceback.format_exc()}", file=sys.stderr)
