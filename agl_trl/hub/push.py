@@ -25,7 +25,7 @@ from ..drift.report import DriftReport
 if int(huggingface_hub.__version__.partition(".")[0]) >= 2:  # the client that it speaks HTTP with, and brings
     import httpx2 as httpx
 else:
-    import httpx
+    import httpx  # type: ignore[no-redef]
 
 # Temporary files, and answers, which may say what nobody should read.
 NEVER_PUSHED = ("_*", "*/_*", ".cache/*", ".git/*", "answers.jsonl")
