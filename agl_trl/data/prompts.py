@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 
 from datasets import Dataset, Features, List, Value, concatenate_datasets, load_dataset
 from datasets.exceptions import DatasetNotFoundError
+from huggingface_hub import constants
 from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, RepositoryNotFoundError
 
 from ..artifacts.schema import short_repr
@@ -182,7 +183,7 @@ def _reason(spec: PromptSet, error: Exception) -> str:
     denied = isinstance(cause, HfHubHTTPError) and cause.response.status_code in (401, 403)
     # The Hub answers 401 for what doesn't exist, too: there only a known set is surely gated.
     if gated or (spec.gated if missing else denied):
-        terms = f"accept the terms at https://huggingface.co/datasets/{name}"
+        terms = f"accept the terms at {constants.ENDPOINT}/datasets/{name}"
         return f"'{name}' is gated: {terms} and log in with `hf auth login`."
     if missing:
         return f"There is no dataset '{name}' on the Hub, or it is private: log in with `hf auth login`."

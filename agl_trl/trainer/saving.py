@@ -12,10 +12,11 @@ from transformers.trainer_utils import HubStrategy, SaveStrategy
 from transformers.utils.hub import PushInProgress
 
 from ..artifacts.files import TAG
+from ..artifacts.upload import FAILURES, PushError, reason
 from ..drift.report import DriftReport
 from ..fisher.statistics import FisherStatistics
 from ..hub.model_card import declared_license, write_card
-from ..hub.push import FAILURES, PushError, files_to_push, push_folder, reason, stage
+from ..hub.push import files_to_push, push_folder, stage
 from .callback import AlignGuardCallback
 from .evidence import save_evidence
 
