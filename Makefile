@@ -5,8 +5,10 @@ BIN := $(VENV)/bin
 # Tests at a time, a file of them in each process.
 WORKERS ?= 2
 SOURCES := agl_trl tests examples model_cards spaces
+# A folder with an installed torch for the environments of `make matrix`, which are several gigabytes each without it.
+SHARE ?=
 
-.PHONY: install demo test slow lint fmt miniworld space-adapters space clean
+.PHONY: install demo test slow matrix lint fmt miniworld space-adapters space clean
 
 # Reinstalled only when the project's own files change.
 $(VENV)/installed: pyproject.toml constraints.txt
@@ -24,6 +26,10 @@ test: install
 
 slow: install
 	$(BIN)/python -m pytest -m slow
+
+# Every set of versions in tests/matrix/constraints, in an environment of its own.
+matrix: install
+	$(BIN)/python -m tests.matrix $(if $(SHARE),--share-site-packages $(SHARE))
 
 lint: install
 	$(BIN)/ruff check $(SOURCES)

@@ -63,6 +63,10 @@ __all__ = [
 def __getattr__(name: str) -> Any:
     if name not in _MODULES:
         raise AttributeError(f"module 'agl_trl' has no attribute {name!r}")
+    if name.startswith("AGL"):
+        from .artifacts.extras import needs_trl
+
+        needs_trl("The AGL trainers")
     return getattr(import_module(_MODULES[name], __name__), name)
 
 

@@ -1,7 +1,11 @@
+# /// script
+# requires-python = ">=3.11"
+# dependencies = ["agl-trl"]
+# ///
 """
 Fine-tune the embedded aligned model on a harmless task and keep its refusals. Runs on a CPU in about a minute:
 
-    python examples/quickstart.py
+    python examples/quickstart.py     # or, in an environment that uv makes: uv run examples/quickstart.py
 """
 
 from peft import LoraConfig

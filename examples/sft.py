@@ -1,7 +1,12 @@
+# /// script
+# requires-python = ">=3.11"
+# dependencies = ["agl-trl"]
+# ///
 """
 SFT with AGL, as TRL's own script:
 
     accelerate launch examples/sft.py --config examples/configs/miniworld_sft.yaml
+    uv run examples/sft.py --config examples/configs/miniworld_sft.yaml  # in an environment that uv makes
 """
 
 from agl_trl.scripts.sft import main, make_parser

@@ -15,7 +15,7 @@ FLOORS = (
     {"hub"},
     {"trainer"},
     {"experiments"},
-    {"scripts", "space"},
+    {"scripts", "space", "integrations"},
     {"cli"},
 )
 FLOOR = {folder: number for number, folders in enumerate(FLOORS) for folder in folders}

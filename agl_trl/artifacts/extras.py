@@ -1,11 +1,15 @@
-"""Libraries that come with an extra of the package: imported where they are used, with a sentence where they are missing."""
+"""Libraries that a part of the package needs: imported where they are used, with a sentence where they are missing or too old."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from importlib.metadata import version
+
+
+TRL = "1.9"  # the oldest whose trainers ours can extend; front ends that pin an older one take the callback, which needs none
 
 
 class MissingExtra(ImportError):
-    """A library that is not installed; the message names the extra that brings it."""
+    """A library that is not installed, or too old; the message names what brings it."""
 
 
 @contextmanager
@@ -27,3 +31,21 @@ def needs_extra(extra: str, what: str) -> Iterator[None]:
     except ModuleNotFoundError as error:
         library = (error.name or "a library").partition(".")[0]
         raise MissingExtra(f"{what} need {library}: pip install 'agl-trl[{extra}]'.") from error
+
+
+def needs_trl(what: str) -> None:
+    """
+    Check that TRL is new enough for trainers that extend its own, before anything of it is imported.
+
+    Args:
+        what (`str`):
+            What needs it: plural, and the beginning of a sentence, such as `"The AGL trainers"`.
+
+    Raises:
+        [`MissingExtra`]: One sentence, where it is too old.
+    """
+    found = version("trl")
+    if tuple(map(int, found.split(".")[:2])) < tuple(map(int, TRL.split("."))):
+        raise MissingExtra(
+            f"{what} need TRL {TRL} or newer, and {found} is installed: pip install 'trl>={TRL}', or use AlignGuardCallback, which needs none."
+        )

@@ -5,7 +5,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import hf_hub_download, snapshot_download
+from huggingface_hub import constants, hf_hub_download, snapshot_download
 from huggingface_hub.errors import (
     GatedRepoError,
     HfHubHTTPError,
@@ -99,7 +99,7 @@ def from_hub(download: Callable[..., Any], repo_id: str, *args: Any, **kwargs: A
     try:
         return download(repo_id, *args, **kwargs)
     except GatedRepoError as error:
-        reason = f"it is gated: accept its terms at https://huggingface.co/{repo_id} and log in with `hf auth login`"
+        reason = f"it is gated: accept its terms at {constants.ENDPOINT}/{repo_id} and log in with `hf auth login`"
         raise ArtifactError(f"Can't read '{repo_id}': {reason}.") from error
     except RepositoryNotFoundError as error:
         reason = "there is no such folder, and no such repo on the Hub, or it is private (log in with `hf auth login`)"

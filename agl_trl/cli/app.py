@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 
 import typer
 
-from ..artifacts.extras import MissingExtra
+from ..artifacts.extras import MissingExtra, needs_trl
 
 
 app = typer.Typer(
@@ -31,6 +31,7 @@ def demo(
     ),
 ) -> None:
     """Fine-tune the embedded model with plain LoRA and with AGL, and compare what is left of its refusals."""
+    needs_trl("The trainers of the demo")
     from transformers.utils.logging import disable_progress_bar
 
     from ..experiments.demo import run_demo

@@ -8,6 +8,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..artifacts.files import FISHER_FILE, FOLDER, REFERENCE_ANSWERS_FILE, check_writable
 from ..artifacts.location import hub_id
+from ..artifacts.upload import FAILURES, PushError, create_repo
 from ..data.alignment import select_rows, tokenize_rows
 from ..data.files import is_file, load_rows
 from ..data.rows import Row, is_prompt_only
@@ -23,7 +24,7 @@ from ..fisher.protected_rows import (
 from ..fisher.reference_answers import ReferenceAnswers
 from ..fisher.statistics import FisherStatistics
 from ..hub.model_card import write_statistics_card
-from ..hub.push import FAILURES, PushError, create_repo, push_folder
+from ..hub.push import push_folder
 from ..modeling.generation import answered_by, context_length
 from ..modeling.loading import load_model
 

@@ -5,9 +5,10 @@ from pathlib import Path
 import typer
 
 from ..artifacts.files import ADAPTER_FILE, DRIFT_FILE, FOLDER
+from ..artifacts.upload import PushError
 from ..drift.report import DriftReport
 from ..hub.model_card import attach_card
-from ..hub.push import PushError, files_to_push, push_folder
+from ..hub.push import files_to_push, push_folder
 
 
 def push(

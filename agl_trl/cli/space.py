@@ -1,6 +1,5 @@
 """What `agl-trl space` does: the app on this machine, or as a Space on the Hub."""
 
-import os
 import shutil
 import tempfile
 from http import HTTPStatus
@@ -8,10 +7,11 @@ from importlib.resources import files
 from pathlib import Path
 
 import typer
-from huggingface_hub import HfApi
+from huggingface_hub import HfApi, constants
 
 from ..artifacts.location import hub_id
-from ..hub.push import FAILURES, PushError, create_repo, push_folder
+from ..artifacts.upload import FAILURES, PushError, create_repo
+from ..hub.push import push_folder
 
 
 TEMPLATE = "agl_trl.space_template"  # spaces/refusal_comparison of the repository
@@ -89,7 +89,7 @@ def deploy(
         push_folder(
             folder, repo_id, message="Compare refusals with agl_trl", files=_names(Path(folder)), repo_type="space"
         )
-    return f"{os.environ.get('HF_ENDPOINT', 'https://huggingface.co')}/spaces/{repo_id}"
+    return f"{constants.ENDPOINT}/spaces/{repo_id}"
 
 
 def write_space(folder: Path, models: list[str]) -> None:

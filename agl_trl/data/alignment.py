@@ -172,15 +172,12 @@ def _given_ids(row: Mapping[str, Any]) -> tuple[list[int], int]:
 
 def _ids(row: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase, name: str) -> tuple[list[int], int]:
     """Tokens of a row, and where its answer begins: as `SFTTrainer` and, of a preference row, `DPOTrainer` have them."""
-    from trl import extract_prompt  # here: statistics and callback work without a trainer of TRL
-    from trl.data_utils import common_prefix_length
-
     columns, options = read_columns(row), template_options(row, name)
     if columns.keys() == {"prompt"}:
         raise RowError(f"{name} has a prompt and no answer.")
     with told_by(name):
         if "chosen" in columns and "prompt" not in columns:
-            columns = extract_prompt(columns)
+            columns = _with_prompt(columns["chosen"], columns["rejected"])
         if "prompt" not in columns:
             (content,) = columns.values()
             return content_ids(tokenizer, _ended(tokenizer, content), **options), 0
@@ -188,7 +185,22 @@ def _ids(row: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase, name: str) 
         given = content_ids(tokenizer, prompt, add_generation_prompt=True, **options)
         whole = [content_ids(tokenizer, prompt + _ended(tokenizer, answer), **options) for answer in answers]
         # Where they diverge: tokens may merge across the border, or the template render the prompt alone differently.
-        return whole[0], min(common_prefix_length(given, ids) for ids in whole)
+        return whole[0], min(_common_prefix(given, ids) for ids in whole)
+
+
+def _common_prefix(one: Sequence[Any], other: Sequence[Any]) -> int:
+    pairs = enumerate(zip(one, other, strict=False))
+    return next((i for i, (left, right) in pairs if left != right), min(len(one), len(other)))
+
+
+def _with_prompt(chosen: Any, rejected: Any) -> dict[str, Any]:
+    """Two answers that begin with their prompt, taken apart as `trl.extract_prompt` does, which callback and statistics do without."""
+    end = min(_common_prefix(chosen, rejected), min(len(chosen), len(rejected)) - 1)
+    if (
+        chosen[end] != rejected[end] and chosen[end - 1] == " "
+    ):  # which tokenizers take together with the word that follows
+        end -= 1
+    return {"prompt": chosen[:end], "chosen": chosen[end:], "rejected": rejected[end:]}
 
 
 def _ended(tokenizer: PreTrainedTokenizerBase, content: Any) -> Any:

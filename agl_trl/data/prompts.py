@@ -4,8 +4,9 @@ from collections import Counter, defaultdict
 from fnmatch import fnmatchcase
 from typing import Any, NamedTuple
 
-from datasets import Dataset, Features, Json, List, Value, concatenate_datasets, load_dataset
+from datasets import Dataset, Features, List, Value, concatenate_datasets, load_dataset
 from datasets.exceptions import DatasetNotFoundError
+from huggingface_hub import constants
 from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, RepositoryNotFoundError
 
 from ..artifacts.schema import short_repr
@@ -13,7 +14,7 @@ from ..driftcaps import load_driftcaps
 from ..miniworld import MINIWORLD, heldout_prompts
 from .files import is_file, load_rows, read_failure
 from .labels import is_missing, is_unsafe
-from .rows import OF_TEMPLATE, Row, RowError, check_content, content_text
+from .rows import OF_TEMPLATE, Row, RowError, as_json, check_content, content_text
 
 
 PROMPT_COLUMNS = ("prompt", "instruction", "question", "goal", "Goal", "forbidden_prompt", "text")
@@ -151,11 +152,11 @@ def map_rows(rows: Dataset, spec: PromptSet) -> Dataset:
                 "unsafe": unsafe,
                 "id": str(row[spec.id] if spec.id else index),
                 "completion": completion,
-                **{column: row[column] for column in OF_TEMPLATE if column in row},
+                **{column: as_json(row[column]) for column in OF_TEMPLATE if column in row},
             }
     if not prompts:
         raise ValueError(f"'{spec.source}' holds no prompts.")
-    told = {column: Json() for column in OF_TEMPLATE if column in rows.column_names}
+    told = {column: TEXT for column in OF_TEMPLATE if column in rows.column_names}
     dataset = Dataset.from_list(list(prompts.values()), features=Features(FEATURES | told))
     dataset.info.license = spec.license
     return dataset if all(dataset["completion"]) else dataset.remove_columns("completion")
@@ -182,7 +183,7 @@ def _reason(spec: PromptSet, error: Exception) -> str:
     denied = isinstance(cause, HfHubHTTPError) and cause.response.status_code in (401, 403)
     # The Hub answers 401 for what doesn't exist, too: there only a known set is surely gated.
     if gated or (spec.gated if missing else denied):
-        terms = f"accept the terms at https://huggingface.co/datasets/{name}"
+        terms = f"accept the terms at {constants.ENDPOINT}/datasets/{name}"
         return f"'{name}' is gated: {terms} and log in with `hf auth login`."
     if missing:
         return f"There is no dataset '{name}' on the Hub, or it is private: log in with `hf auth login`."

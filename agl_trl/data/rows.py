@@ -3,7 +3,6 @@
 import json
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from copy import deepcopy
 from typing import Any, TypeAlias
 
 from datasets import Dataset
@@ -82,13 +81,10 @@ def read_columns(row: Mapping[str, Any]) -> dict[str, Any]:
     Raises:
         [`RowError`]: If a prompt or an answer is missing, or is neither text nor a conversation.
     """
-    from trl import maybe_convert_to_chatml  # here: statistics and callback work without a trainer of TRL
-    from trl.data_utils import is_conversational_from_value
-
     name, columns = row_name(row), dict(row)
     with told_by(name):
-        if columns.get("conversations") and is_conversational_from_value(columns):
-            columns = maybe_convert_to_chatml(deepcopy(columns))
+        if _is_sharegpt(columns.get("conversations")):
+            columns["messages"] = [_with_roles(message) for message in columns.pop("conversations")]
     answer = next((column for column in ANSWERS if column in columns), None)
     if "prompt" in columns and answer is not None and not columns.keys() & {"chosen", "messages", "text"}:
         columns["completion"] = columns.pop(answer)
@@ -119,6 +115,18 @@ def read_columns(row: Mapping[str, Any]) -> dict[str, Any]:
         advice = "; leave 'prompt' out if 'chosen' begins with it" if "chosen" in used else ""
         raise RowError(f"{name} mixes formats ({said}): write all as text or all as conversations{advice}.")
     return {column: columns[column] for column in used}
+
+
+# TRL reads ShareGPT's rows the same way; without TRL, because its trainers alone need it, and front ends bring old ones.
+def _is_sharegpt(conversation: Any) -> bool:
+    first = conversation[0] if isinstance(conversation, list) and conversation else None
+    return isinstance(first, Mapping) and {"from", "value"} <= first.keys()
+
+
+def _with_roles(message: Any) -> Any:
+    if not isinstance(message, Mapping):
+        return message
+    return {{"from": "role", "value": "content"}.get(name, name): value for name, value in message.items()}
 
 
 def check_content(value: Any, name: str, column: str) -> str:
@@ -272,7 +280,13 @@ def template_options(row: Mapping[str, Any], name: str) -> dict[str, Any]:
         [`RowError`]: If they can't be read.
     """
     tools, options = row.get("tools"), row.get("chat_template_kwargs")
+    with told_by(name):
+        tools, options = (json.loads(value) if isinstance(value, str) else value for value in (tools, options))
     if options is not None and not isinstance(options, Mapping):
         raise RowError(f"{name}: 'chat_template_kwargs' holds {short_repr(options)}, not names and values.")
-    with told_by(name):
-        return {"tools": json.loads(tools) if isinstance(tools, str) else tools, **(options or {})}
+    return {"tools": tools, **(options or {})}
+
+
+def as_json(value: Any) -> str | None:
+    """A value as [`template_options`] reads it again, of a type that every row of a dataset has."""
+    return value if value is None or isinstance(value, str) else json.dumps(value)

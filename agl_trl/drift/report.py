@@ -4,16 +4,17 @@ from dataclasses import dataclass, field
 from math import nan
 from os import PathLike
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, ClassVar, Self
 
 import torch
 from peft import PeftModel
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from ..artifacts.files import ADAPTER_FILE, DRIFT_FILE, FOLDER, ArtifactError, save_tensors, sha256
+from ..artifacts.files import ADAPTER_FILE, DRIFT_FILE, FOLDER, PICTURE_FILE, ArtifactError, save_tensors, sha256
 from ..artifacts.location import find_artifact
 from ..artifacts.schema import read_artifact
+from ..artifacts.upload import PushError, PushToHubMixin
 from ..evaluation.behaviour import Behaviour
 from ..evaluation.summary import behaviour_lines
 from ..fisher.statistics import FisherStatistics, describe_base
@@ -29,7 +30,7 @@ FISHER_ENERGY = 0.9  # share of the trace of 𝓕 that spans the alignment-criti
 
 
 @dataclass
-class DriftReport:
+class DriftReport(PushToHubMixin):
     """
     How far an adapter has moved the model it was trained on.
 
@@ -69,6 +70,8 @@ class DriftReport:
     budget_multiplier: float | None = None
     adapter_sha256: str | None = None
     metadata: dict[str, Any] = field(default_factory=dict)
+
+    _told_by: ClassVar[tuple[str, ...]] = (PICTURE_FILE,)
 
     @classmethod
     @torch.no_grad()
@@ -233,6 +236,14 @@ class DriftReport:
             metadata["behaviour"] = {"categories": self.behaviour.categories, **self.behaviour.metadata}
         save_tensors(path, tensors, metadata)
         return path
+
+    def _check_repo(self, sha256_there: dict[str, str]) -> None:
+        found = sha256_there.get(ADAPTER_FILE)
+        if found and self.adapter_sha256 is not None and found != self.adapter_sha256:
+            raise PushError(
+                f"The report is of another adapter than the repo's (sha256 {self.adapter_sha256[:8]}… and {found[:8]}…): push both "
+                "with `agl-trl push`, or measure the repo's with `agl-trl attach`."
+            )
 
     @classmethod
     def from_pretrained(

@@ -15,6 +15,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from ..artifacts.files import FOLDER, REFERENCE_ANSWERS_FILE, ArtifactError, save_tensors
 from ..artifacts.location import find_artifact
 from ..artifacts.schema import read_artifact
+from ..artifacts.upload import PushToHubMixin
 from ..data.alignment import AlignmentRow, batches, pad_token_id
 from ..modeling.generation import answer_logits, context_length, evaluating, input_device
 from ..objective.kl import FIRST_TOKENS, kl_of_row, top_k_kl
@@ -28,7 +29,7 @@ LARGEST_START = 0.1  # nats per token by which a reference model may differ from
 
 
 @dataclass
-class ReferenceAnswers:
+class ReferenceAnswers(PushToHubMixin):
     """
     Answers of an aligned model to protected rows: their tokens, and for every token of an answer the k = 32 most likely next
     tokens with their log-probabilities. What is measured against them is a KL divergence ([`top_k_kl`]); there is no second model.

@@ -3,7 +3,7 @@
 from dataclasses import dataclass, field
 from os import PathLike
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, ClassVar, Self
 
 import torch
 from accelerate.utils import align_module_device
@@ -12,9 +12,10 @@ from peft import PeftModel
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from ..artifacts.files import FISHER_FILE, FOLDER, ArtifactError, save_tensors
+from ..artifacts.files import FISHER_FILE, FOLDER, REFERENCE_ANSWERS_FILE, ArtifactError, save_tensors
 from ..artifacts.location import find_artifact, hub_id
 from ..artifacts.schema import read_artifact, short_repr
+from ..artifacts.upload import PushToHubMixin
 from ..modeling.lora import AdaptedLayer, adapted_layers, base_weight, layer_shape
 from ..objective.covariance import LowRankCovariance
 from ..objective.quadratic_form import LayerMetric, RelativeDrift, dense_quadratic_form, grouped
@@ -36,7 +37,7 @@ WEIGHT_NORM_TOLERANCE = 0.05  # a quantised base passes, another model does not
 
 
 @dataclass
-class FisherStatistics:
+class FisherStatistics(PushToHubMixin):
     """
     Statistics of an aligned model, taken once at the reference weights: the K-FAC Fisher metric of every linear layer,
 
@@ -69,6 +70,8 @@ class FisherStatistics:
     num_tokens: int
     shrinkage: float
     metadata: dict[str, Any] = field(default_factory=dict)
+
+    _told_by: ClassVar[tuple[str, ...]] = (REFERENCE_ANSWERS_FILE,)
 
     def metric(self, name: str, device: torch.device | str = "cpu") -> LayerMetric:
         """Metric of a layer, by its name in the base model, in float32."""

@@ -4,11 +4,8 @@ import os
 import shutil
 from fnmatch import fnmatch
 from pathlib import Path, PurePosixPath
-from typing import Self
 
-import httpx2
 from huggingface_hub import CommitInfo, CommitOperationAdd, CommitOperationDelete, HfApi
-from huggingface_hub.errors import HfHubHTTPError, HFValidationError, OfflineModeIsEnabled, RepositoryNotFoundError
 
 from ..artifacts.files import (
     ADAPTER_FILE,
@@ -16,9 +13,9 @@ from ..artifacts.files import (
     FISHER_FILE,
     FOLDER,
     REFERENCE_ANSWERS_FILE,
-    first_line,
     sha256,
 )
+from ..artifacts.upload import FAILURES, PushError, create_repo
 from ..drift.report import DriftReport
 
 
@@ -27,67 +24,6 @@ NEVER_PUSHED = ("_*", "*/_*", ".cache/*", ".git/*", "answers.jsonl")
 REFERENCE = "ref"  # TRL's name for the frozen adapter that DPO trains against; PEFT saves it in a folder of this name
 ADAPTER_FILES = ("adapter_config.json", ADAPTER_FILE)
 CHECKPOINTS = ("checkpoint-*", "last-checkpoint/*")
-_REASONS = {
-    401: "the Hub does not accept the token: log in with `hf auth login`",
-    402: "the Hub asks for a paid plan for this",
-    403: "this account may not write there",
-    404: "there is no such repo or revision, or this account can't see it",
-    409: "another commit to the repo was in progress",
-    412: "another commit arrived in between",
-    429: "the Hub limits the rate of requests: wait some minutes",
-}
-
-
-class PushError(OSError):
-    """
-    A push that did not happen; the message says why. Local files are as they were.
-
-    Args:
-        message (`str`):
-            One sentence.
-        status (`int`, *optional*):
-            HTTP status with which the Hub refused, where it answered at all.
-    """
-
-    def __init__(self, message: str, status: int | None = None):
-        super().__init__(message)
-        self.status = status
-
-    @classmethod
-    def because(cls, what: str, error: Exception) -> Self:
-        """The sentence for what could not be done, and the error of the Hub's client that says why."""
-        status = error.response.status_code if isinstance(error, HfHubHTTPError) else None
-        return cls(f"{what}: {reason(error)}.", status)
-
-
-def reason(error: Exception) -> str:
-    """Why the Hub's client failed, in words that never quote a request (it could hold a token)."""
-    if isinstance(error, RepositoryNotFoundError):
-        return _REASONS[401 if error.response.status_code == 401 else 404]
-    if isinstance(error, HfHubHTTPError):
-        status = error.response.status_code
-        return _REASONS.get(status, f"the Hub answered with status {status}")
-    if isinstance(error, OfflineModeIsEnabled):
-        return "offline mode is on (HF_HUB_OFFLINE)"
-    if isinstance(error, httpx2.HTTPError | ConnectionError):
-        return f"the Hub could not be reached or dropped the connection ({type(error).__name__})"
-    return first_line(error)
-
-
-FAILURES = (HfHubHTTPError, HFValidationError, httpx2.HTTPError, ValueError, OSError)
-
-
-def create_repo(repo_id: str, *, private: bool | None = None, token: str | None = None, **space: object) -> str:
-    """
-    Make sure that a repo is there. Returns its full id.
-
-    Raises:
-        [`PushError`]: If it can't be created.
-    """
-    try:
-        return HfApi().create_repo(repo_id, private=private, token=token, exist_ok=True, **space).repo_id  # type: ignore[arg-type]
-    except FAILURES as error:
-        raise PushError.because(f"Can't create '{repo_id}'", error) from error
 
 
 def files_to_push(

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from datasets import Dataset, DatasetDict, IterableDatasetDict, load_dataset
+from huggingface_hub import constants
 from peft import PeftConfig
 from trl import (
     DatasetMixtureConfig,
@@ -168,7 +169,7 @@ def _run(
         trainer.accelerator.print(report.summary())
     if training_args.push_to_hub:
         trainer.push_to_hub(dataset_name=script_args.dataset_name)
-        trainer.accelerator.print(f"🤗 Model pushed to the Hub in https://huggingface.co/{trainer.hub_model_id}.")
+        trainer.accelerator.print(f"🤗 Model pushed to the Hub in {constants.ENDPOINT}/{trainer.hub_model_id}.")
     trainer.end()
 
 

@@ -10,7 +10,7 @@ from transformers import PreTrainedModel, TrainerCallback, TrainerControl, Train
 from ..drift.report import DriftReport
 from ..evaluation.behaviour import Behaviour, measure_behaviour
 from ..fisher.statistics import FisherStatistics
-from .callback import AlignGuardCallback
+from .callback import AlignGuardCallback, step_of_weights
 from .checks import Rows, check_adapter, check_writable
 from .saving import SavingMixin
 
@@ -24,7 +24,7 @@ class _InstalledCallback(AlignGuardCallback):
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: Any = None, **kwargs: Any
     ) -> None:
-        self.hold(model)
+        self.hold(model, step_of_weights(args, state))
 
 
 class AlignGuardMixin(SavingMixin):

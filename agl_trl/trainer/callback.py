@@ -40,6 +40,12 @@ from .resume import CheckpointState, checkpoint_state, checkpoint_statistics, re
 logger = get_logger(__name__)
 
 
+def step_of_weights(args: TrainingArguments, state: TrainerState) -> int:
+    """Step of the weights that a training ends with: of the best ones, where those were put back."""
+    best = args.load_best_model_at_end and state.best_model_checkpoint is not None
+    return state.best_global_step if best else state.global_step
+
+
 class AlignGuardCallback(TrainerCallback):
     """
     Keeps the alignment of the model that a `Trainer` fine-tunes with LoRA: `transformers.Trainer`, TRL's trainers, or any
@@ -96,12 +102,9 @@ class AlignGuardCallback(TrainerCallback):
             raise ValueError("This configuration switches AGL off: leave the callback out.")
         self.alignment_dataset, self.processing_class = alignment_dataset, processing_class
         self.protect = check_protect(self.config, protect or {})
-        if alignment_dataset is None and self.config.fisher_path is None:
+        self._by_default = alignment_dataset is None and self.config.fisher_path is None
+        if self._by_default:
             self.alignment_dataset = driftcaps_requests()
-            logger.warning(
-                "Nothing says which behaviour to keep, so that AGL keeps the model's own answers to requests of DriftCaps' protection "
-                "split, unsafe ones and those that look like them. Pass `alignment_dataset=` or set `fisher_path` to choose."
-            )
         self.statistics: FisherStatistics | None = None
         self.references: ReferenceAnswers | None = None
         self.protection: Protection | None = None
@@ -110,6 +113,7 @@ class AlignGuardCallback(TrainerCallback):
         self.regularizer: Regularizer | None = None
         self.report: DriftReport | None = None
         self.resume_from: str | Path | None = None  # a trainer of ours knows
+        self._held: int | None = None  # step of the weights that hold the KL budget
         self._metrics: dict[str, list[Tensor]] = {}
         self._deepspeed = False
 
@@ -132,6 +136,11 @@ class AlignGuardCallback(TrainerCallback):
             processing_class (`PreTrainedTokenizerBase`, *optional*):
                 Its tokenizer, where the callback was given none.
         """
+        if self._by_default:  # not before: the logger needs the state of accelerate, which a trainer brings
+            logger.warning(
+                "Nothing says which behaviour to keep, so that AGL keeps the model's own answers to requests of DriftCaps' protection "
+                "split, unsafe ones and those that look like them. Pass `alignment_dataset=` or set `fisher_path` to choose."
+            )
         check_writable(args)
         check_adapter(model)
         processing_class = processing_class if self.processing_class is None else self.processing_class
@@ -186,7 +195,7 @@ class AlignGuardCallback(TrainerCallback):
             self._build(args, model, kwargs["train_dataloader"].dataset, begun)
         if self.protection is not None:
             self.protection.forget()  # of an earlier training by the same trainer
-        self._metrics = {}
+        self._held, self._metrics = None, {}
         self._deepspeed = AcceleratorState().deepspeed_plugin is not None
         if self._deepspeed:
             before_step_of_deepspeed(kwargs["optimizer"], lambda engine: self._add(args, state, model, engine))
@@ -336,22 +345,27 @@ class AlignGuardCallback(TrainerCallback):
         )
         return self.report
 
-    def hold(self, model: PeftModel) -> None:
+    def hold(self, model: PeftModel, step: int) -> None:
         """
-        Measure the KL on all protected rows, and shrink the update until it is within its budget.
+        Measure the KL on all protected rows, and shrink the update until it is within its budget. Once for the weights of a step.
 
         Args:
             model (`PeftModel`):
                 Model of the trainer.
+            step (`int`):
+                Training step of the weights.
         """
-        if self.protection is not None:
+        if self.protection is not None and step != self._held:
             self.protection.hold(model)
+            self._held = step
 
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: Any = None, **kwargs: Any
     ) -> None:
-        if control.should_save and args.push_to_hub and args.hub_strategy != HubStrategy.END:
-            self.hold(model)  # before anybody gets it
+        pushed = args.push_to_hub and args.hub_strategy != HubStrategy.END
+        # Before anybody gets it. Some front ends leave the last checkpoint as their result, and save nothing after the end.
+        if control.should_save and (pushed or state.global_step >= state.max_steps):
+            self.hold(model, state.global_step)
 
     def on_epoch_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: Any = None, **kwargs: Any
@@ -367,9 +381,9 @@ class AlignGuardCallback(TrainerCallback):
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: Any = None, **kwargs: Any
     ) -> None:
-        self.hold(model)
-        best = args.load_best_model_at_end and state.best_model_checkpoint is not None
-        report = self.measure(model, state, state.best_global_step if best else None)
+        step = step_of_weights(args, state)
+        self.hold(model, step)
+        report = self.measure(model, state, step)
         report.adapter_sha256 = sha256_when_saved(model, self.layers[0].adapter)  # the user saves it after this
         self._save(args, Path(args.output_dir), report)
 

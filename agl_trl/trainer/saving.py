@@ -12,10 +12,11 @@ from transformers.trainer_utils import HubStrategy, SaveStrategy
 from transformers.utils.hub import PushInProgress
 
 from ..artifacts.files import TAG
+from ..artifacts.upload import FAILURES, PushError, reason
 from ..drift.report import DriftReport
 from ..fisher.statistics import FisherStatistics
 from ..hub.model_card import declared_license, write_card
-from ..hub.push import FAILURES, PushError, files_to_push, push_folder, reason, stage
+from ..hub.push import files_to_push, push_folder, stage
 from .callback import AlignGuardCallback
 from .evidence import save_evidence
 
@@ -106,11 +107,13 @@ class SavingMixin(_Parent):
             )
 
     def init_hf_repo(self, token: str | None = None, private: bool | None = None) -> None:
+        if private is not None:
+            self.args.hub_private_repo = private  # where every transformers looks; before 5.23 there is no argument
         if not self.args.agl_enabled:
-            super().init_hf_repo(token, private)
+            super().init_hf_repo(token)
             return
         try:
-            super().init_hf_repo(token, private)
+            super().init_hf_repo(token)
         except FAILURES as error:
             name = self.args.hub_model_id or Path(self.args.output_dir).name
             raise PushError(f"Can't create the repo '{name}' to push to: {reason(error)}.") from error
@@ -130,11 +133,13 @@ class SavingMixin(_Parent):
         Raises:
             [`PushError`]: With the command that repeats the push; all files stay on disk.
         """
+        if private is not None:
+            self.args.hub_private_repo = private
         if self.statistics is None:
-            return super().push_to_hub(commit_message, blocking, token, revision, private, **kwargs)
+            return super().push_to_hub(commit_message, blocking, token, revision, **kwargs)
         self.callback_handler.on_push_begin(self.args, self.state, self.control)
         if self.hub_model_id is None:
-            self.init_hf_repo(token=token, private=private)
+            self.init_hf_repo(token=token)
         self.save_model(_internal_call=True)
         if not self.is_world_process_zero():
             return None

@@ -18,6 +18,7 @@ from typer.testing import CliRunner
 import agl_trl.fisher.partial_sums
 from agl_trl import FisherStatistics, estimate_fisher
 from agl_trl.artifacts.files import FISHER_FILE, FOLDER, REFERENCE_ANSWERS_FILE, load_tensors
+from agl_trl.artifacts.upload import PushError
 from agl_trl.cli.app import app
 from agl_trl.cli.fisher import dataset_id
 from agl_trl.data.alignment import batches, tokenize_row
@@ -28,7 +29,6 @@ from agl_trl.fisher.estimate import run_batch
 from agl_trl.fisher.partial_sums import PARTIAL_FILE, weights_fingerprint
 from agl_trl.fisher.reference_answers import ReferenceAnswers
 from agl_trl.fisher.statistics import describe_base
-from agl_trl.hub.push import PushError
 from agl_trl.modeling.loading import load_model
 from agl_trl.modeling.lora import layer_shape, linear_layers
 from tests.helpers.models import chat_rows, tiny_model

@@ -9,9 +9,9 @@ import yaml
 from huggingface_hub import HfApi, SpaceCard
 from typer.testing import CliRunner
 
+from agl_trl.artifacts.upload import PushError
 from agl_trl.cli.app import app
 from agl_trl.cli.space import deploy, write_space
-from agl_trl.hub.push import PushError
 
 
 SPACE = "alice/refusals"

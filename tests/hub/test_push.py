@@ -9,8 +9,9 @@ from huggingface_hub import HfApi
 from transformers import TrainerCallback
 
 from agl_trl import AGLDPOConfig, AGLDPOTrainer, AGLSFTConfig, AGLSFTTrainer, DriftReport, FisherStatistics
+from agl_trl.artifacts.upload import PushError
 from agl_trl.fisher.calibration import drift_at
-from agl_trl.hub.push import PushError, check_agreement, files_to_push, push_folder
+from agl_trl.hub.push import check_agreement, files_to_push, push_folder
 from tests.helpers.hub_commits import agreeing_folders
 from tests.helpers.models import chat_rows, tiny_model
 from tests.helpers.training import COMMON, lora

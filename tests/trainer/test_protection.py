@@ -206,6 +206,23 @@ def test_the_best_checkpoint_is_what_is_held(tmp_path, tokenizer, opposite_rows,
         torch.testing.assert_close(value, there if "lora_A" in name else scale * there, msg=name)
 
 
+def test_last_checkpoint_holds_the_budget_as_the_end_does(tmp_path, tokenizer, opposite_rows, mixed_rows):
+    # Front ends leave it as their result.
+    saving = dict(save_strategy="steps", save_steps=6)
+    trainer = agl_trainer(
+        tmp_path, tokenizer, opposite_rows, mixed_rows, telling_model(), kl_budget=0.02, **FAST | saving
+    )
+    trainer.train()
+    references, kl = trainer.align_guard.references, {}
+    for step in (6, 10):
+        loaded = PeftModel.from_pretrained(telling_model(), tmp_path / f"checkpoint-{step}")
+        kl[step] = references.kl(loaded)[:, 0].mean().item()
+    assert kl[10] <= 0.02 < kl[6]
+    kept = DriftReport.from_pretrained(tmp_path / "checkpoint-10").metadata["protected"]
+    assert kept["scale"] == trainer.align_guard.protection.scale < 1
+    assert kept["behaviours"]["alignment"]["kl"] == pytest.approx(kl[10], rel=1e-4)
+
+
 def test_a_continued_adapter_is_drawn_back_to_where_it_started(tmp_path, tokenizer, opposite_rows, mixed_rows):
     model, _ = moved_model(tokenizer, 0.02)
     start = adapter_of_model(model)

@@ -1,0 +1,1 @@
+"""AGL as a plugin of front ends that take one."""
