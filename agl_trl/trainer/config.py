@@ -63,7 +63,7 @@ class AlignGuardConfig:
         anchor_coef (`float`, *optional*):
             Weight of the KL to the reference model on protected rows, whose gradient is at most as long as that of all else. `None`
             takes 0.6 under a `kl_budget`, and 0 otherwise.
-        trust_radius (`float`, *optional*, defaults to `4.0`):
+        trust_radius (`float`, *optional*, defaults to `2.0`):
             Under a `kl_budget`, the relative drift is kept after every step at or below where the KL is expected to be this many times
             the budget: what protected inputs excite is taken back, the rest of the step stays. `None` leaves it free.
         anchor_every (`int`, *optional*, defaults to `2`):
@@ -183,7 +183,7 @@ class AlignGuardConfig:
         },
     )
     trust_radius: float | None = field(
-        default=4.0,
+        default=2.0,
         metadata={
             "help": "Under a `kl_budget`, the drift is kept after every step where the KL is expected to be at most this many times the "
             "budget. `None` leaves it free."

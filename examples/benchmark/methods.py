@@ -269,6 +269,7 @@ METHODS = {
     "agl": Method(kl_budget(), "AGL", ROWS, preferences=True),
     "agl-kl-0.005": Method(kl_budget(0.005), "AGL", ROWS, preferences=True),
     "agl-kl-0.05": Method(kl_budget(0.05), "AGL", ROWS, preferences=True),
+    "agl-radius4": Method(kl_budget(0.02, trust_radius=4.0), "AGL, twice the trust region", ROWS),
     "agl-no-region": Method(kl_budget(0.02, trust_radius=None), "AGL, anchor and projection, no trust region", ROWS),
     "agl-no-anchor": Method(kl_budget(0.02, anchor_coef=0.0), "AGL, trust region and projection", ROWS),
     "agl-statistics": Method(calibrated(0.02), "AGL, statistics alone", STATISTICS, preferences=True),

@@ -120,7 +120,7 @@ def held_report(behaviour: Behaviour | None = None) -> DriftReport:
         "variant": "kfac",
         **asdict(Coefficients(alignment=0.0, task=0.0)),
         "kl_budget": 0.02,
-        "trust_radius": 4.0,
+        "trust_radius": 2.0,
         "anchor_coef": 0.6,
         "anchor_every": 2,
     }

@@ -67,7 +67,7 @@ def test_the_drift_is_within_its_limit_after_every_step_and_the_kl_far_below_a_f
     assert len(logged) == 10 and logged[-1]["agl/drift_limit"] == pytest.approx(watch.limits[-1])
     assert all(entry["agl/penalty"] == 0 for entry in logged if "agl/kl" not in entry), "no gradient of the form"
     settings = trainer.drift_report().metadata["coefficients"]
-    assert settings["trust_radius"] == 4.0 and "fisher_coef" not in settings
+    assert settings["trust_radius"] == 2.0 and "fisher_coef" not in settings
 
 
 def test_it_narrows_while_rows_are_beyond_and_widens_while_they_are_within(

@@ -53,7 +53,7 @@ METHODS: dict[str, dict[str, Any]] = {
     "plain-lr0.3": dict(lr=0.3),
     "plain-lr3": dict(lr=3.0),
     "agl": dict(agl={}),
-    "agl-radius2": dict(agl=dict(trust_radius=2.0)),
+    "agl-radius4": dict(agl=dict(trust_radius=4.0)),
     "agl-no-region": dict(agl=dict(trust_radius=None)),
     "agl-no-anchor": dict(agl=dict(anchor_coef=0.0)),
     "agl-statistics": dict(agl=dict(drift_budget=3e-3), rows=False),
