@@ -49,16 +49,24 @@ def plot_drift(
     Raises:
         `OSError`: If the picture can't be written.
     """
-    if not report.layers and report.behaviour is None:
-        path.unlink(missing_ok=True)
-        return
-    try:
-        content = png(_figure(report, name, others or {}))
-    except MissingExtra as error:
+    content = picture(report, name, others)
+    if content is None:
         path.unlink(missing_ok=True)  # an earlier one, of another report
+    else:
+        write_atomically(path, content)
+
+
+def picture(
+    report: DriftReport, name: str = "fine-tuned", others: Mapping[str, Behaviour] | None = None
+) -> bytes | None:
+    """The picture of [`plot_drift`] as PNG, or none where there is nothing to draw, or no matplotlib."""
+    if not report.layers and report.behaviour is None:
+        return None
+    try:
+        return png(_figure(report, name, others or {}))
+    except MissingExtra as error:
         _warn_once(f"There is no picture beside the drift report. {error}")
-        return
-    write_atomically(path, content)
+        return None
 
 
 @cache

@@ -24,7 +24,9 @@ class _InstalledCallback(AlignGuardCallback):
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: Any = None, **kwargs: Any
     ) -> None:
-        self.hold(model, step_of_weights(args, state))
+        step = step_of_weights(args, state)
+        self.hold(model, step)
+        self._log_report(state, self.measure(model, state, step))
 
 
 class AlignGuardMixin(SavingMixin):
@@ -82,11 +84,6 @@ class AlignGuardMixin(SavingMixin):
         if self.align_guard is not None:  # which hears only of the step, not of the folder
             self.align_guard.resume_from = resume_from_checkpoint
         return prepared
-
-    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        if self.align_guard is not None and "loss" in logs:
-            logs.update(self.align_guard.take_metrics())  # here, so that every tracker gets them
-        super().log(logs, start_time)
 
     def drift_report(self, prompts: Dataset | None = None, **kwargs: Any) -> DriftReport:
         """

@@ -9,6 +9,7 @@ from accelerate.state import AcceleratorState
 from peft import PeftModel
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers.trainer_callback import CallbackHandler
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, HubStrategy
 
 from ..artifacts.files import TAG, ArtifactError
@@ -35,6 +36,7 @@ from .protection import Protection
 from .reference import ReferenceTaker, published_references, translated_budget
 from .regularizer import Regularizer, coefficients_of
 from .resume import CheckpointState, checkpoint_state, checkpoint_statistics, resumed_from
+from .trackers import call_before_trackers, calling_handler, log_report
 
 
 logger = get_logger(__name__)
@@ -56,8 +58,8 @@ class AlignGuardCallback(TrainerCallback):
     statistics, reference answers and report in `agl/` of every checkpoint and, at the end, of the output folder.
 
     The AGL trainers install it by themselves, and add what a callback can't do: the evidence in the same commit as the
-    adapter, the card, and metrics that reach every tracker. Trackers of a plain `Trainer` are called before this callback
-    and don't see its metrics; the log history and the progress bar do.
+    adapter, and the card. Trackers get the `agl/*` metrics from either: at the begin of a training the callback moves itself before
+    them. At the end TensorBoard, Trackio and Weights & Biases get the picture of the drift and a table of it by layer.
 
     Args:
         config ([`AlignGuardConfig`], *optional*):
@@ -113,6 +115,7 @@ class AlignGuardCallback(TrainerCallback):
         self.regularizer: Regularizer | None = None
         self.report: DriftReport | None = None
         self.resume_from: str | Path | None = None  # a trainer of ours knows
+        self._handler: CallbackHandler | None = None  # callbacks of the trainer, trackers among them
         self._held: int | None = None  # step of the weights that hold the KL budget
         self._metrics: dict[str, list[Tensor]] = {}
         self._deepspeed = False
@@ -186,6 +189,9 @@ class AlignGuardCallback(TrainerCallback):
     ) -> None:
         if not self.layers:  # added after the trainer was built
             self.prepare(args, model, kwargs.get("processing_class"))
+        self._handler = calling_handler()
+        if self._handler is not None:
+            call_before_trackers(self._handler, self)
         checkpoint, begun = self.resume_from or resumed_from(args, state), CheckpointState()
         if checkpoint is not None:
             self._use(checkpoint_statistics(checkpoint, self.statistics), model)
@@ -386,6 +392,11 @@ class AlignGuardCallback(TrainerCallback):
         report = self.measure(model, state, step)
         report.adapter_sha256 = sha256_when_saved(model, self.layers[0].adapter)  # the user saves it after this
         self._save(args, Path(args.output_dir), report)
+        self._log_report(state, report)
+
+    def _log_report(self, state: TrainerState, report: DriftReport) -> None:
+        if self._handler is not None and state.is_world_process_zero:
+            log_report(self._handler.callbacks, report, state.global_step)
 
     def _save(self, args: TrainingArguments, folder: Path, report: DriftReport) -> None:
         if args.should_save:

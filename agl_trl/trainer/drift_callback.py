@@ -10,6 +10,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from ..fisher.statistics import FisherStatistics
 from ..modeling.lora import AdaptedLayer, adapted_layers, linear_layers
 from ..objective.quadratic_form import RelativeDrift
+from .trackers import call_before_trackers, calling_handler
 
 
 class DriftCallback(TrainerCallback):
@@ -17,7 +18,7 @@ class DriftCallback(TrainerCallback):
     Logs the mean relative drift `‖ΔW‖²_𝓕 / ‖W‖²_𝓕` of a LoRA adapter as `agl/relative_drift`, in any Hugging Face
     `Trainer`. It only measures; training is left as it is. Under FSDP or DeepSpeed ZeRO-3 it does not run.
 
-    Trackers among the callbacks see the logs in the order in which they were added: pass this one first.
+    It moves itself before the trackers of the trainer, so that they get the number.
 
     Args:
         statistics ([`FisherStatistics`] or `str`):
@@ -44,6 +45,9 @@ class DriftCallback(TrainerCallback):
             raise TypeError(
                 "DriftCallback measures a LoRA adapter, but the model has none: pass `peft_config` to the trainer."
             )
+        handler = calling_handler()
+        if handler is not None:
+            call_before_trackers(handler, self)
         self.layers = adapted_layers(model)
         self.statistics.check_fits(model, linear_layers(model))
         if any(layer.has_moved() for layer in self.layers) and state.global_step == 0:

@@ -20,7 +20,6 @@ OVERRIDDEN = {
     "_save": ["output_dir", "state_dict"],
     "create_model_card": ["model_name", "dataset_name", "tags"],
     "init_hf_repo": ["token"],
-    "log": ["logs", "start_time"],
     "push_to_hub": ["commit_message", "blocking", "token", "revision"],
     "save_model": ["output_dir", "_internal_call"],
 }
