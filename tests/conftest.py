@@ -33,6 +33,7 @@ LONGEST = (
     "trainer/test_distributed.py",
     "test_action.py",
     "examples/test_benchmark.py",
+    "examples/test_notebook.py",
     "examples/test_overhead.py",
     "hub/test_end_to_end.py",
     "scripts/test_scripts.py",
