@@ -1,6 +1,9 @@
 # /// script
 # requires-python = ">=3.11"
 # dependencies = ["agl-trl"]
+#
+# [tool.uv.sources]
+# agl-trl = { path = "..", editable = true }
 # ///
 """
 Fine-tune the embedded aligned model on a harmless task and keep its refusals. Runs on a CPU in about a minute:

@@ -1,6 +1,9 @@
 # /// script
 # requires-python = ">=3.11"
 # dependencies = ["agl-trl"]
+#
+# [tool.uv.sources]
+# agl-trl = { path = "..", editable = true }
 # ///
 """
 SFT with AGL, as TRL's own script:

@@ -40,6 +40,8 @@ def test_header_agrees_with_the_project_and_brings_what_is_imported(name):
     assert told["requires-python"] == PROJECT["requires-python"]
     (requirement,) = map(Requirement, told["dependencies"])
     assert requirement.name == PROJECT["name"]
+    source = told["tool"]["uv"]["sources"][PROJECT["name"]]  # in a checkout: the checkout
+    assert source["editable"] and (script.parent / source["path"]).resolve() == ROOT
     nodes = [*ast.walk(ast.parse(script.read_text()))]
     imported = {alias.name for node in nodes if isinstance(node, ast.Import) for alias in node.names}
     imported |= {node.module for node in nodes if isinstance(node, ast.ImportFrom) and node.module}
