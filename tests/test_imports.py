@@ -99,7 +99,7 @@ def test_whatever_is_imported_is_declared():
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     always = {normalised(requirement) for requirement in project["dependencies"]}
     extras = {name: {*map(normalised, listed)} for name, listed in project["optional-dependencies"].items()}
-    wanted = extras["report"] | extras["space"] | extras["qlora"] | extras["deepspeed"]
+    wanted = extras["report"] | extras["space"] | extras["qlora"] | extras["deepspeed"] | extras["trackers"]
     distributions, used, wrong = packages_distributions(), set(), []
     for path in sorted(PACKAGE.rglob("*.py")):
         tree, place = ast.parse(path.read_text()), path.relative_to(PACKAGE)

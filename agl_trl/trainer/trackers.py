@@ -5,6 +5,7 @@ from collections.abc import Iterable
 from io import BytesIO
 from typing import Any
 
+import numpy as np
 from transformers import TrainerCallback
 from transformers.integrations.integration_utils import (
     INTEGRATION_TO_CALLBACK,
@@ -85,19 +86,18 @@ def log_report(callbacks: Iterable[TrainerCallback], report: DriftReport, step: 
             _to_run(wandb, columns, rows, content, step)
 
 
-def _image(content: bytes) -> Any:
-    from PIL import Image  # which matplotlib brings, and it drew the picture
+def _pixels(content: bytes) -> Any:
+    """A PNG as bytes of shape `(height, width, 3)`."""
+    from matplotlib.image import imread  # which drew it
 
-    return Image.open(BytesIO(content)).convert("RGB")
+    return np.rint(imread(BytesIO(content))[..., :3] * 255).astype(np.uint8)
 
 
 def _to_tensorboard(writer: Any, columns: list[str], rows: list[list], content: bytes | None, step: int) -> None:
     lines = [columns, ["---"] * len(columns), *([name, *(f"{value:.3e}" for value in v)] for name, *v in rows)]
     writer.add_text("agl/drift_by_layer", "\n".join(f"| {' | '.join(line)} |" for line in lines), step)
     if content is not None:
-        import numpy as np
-
-        writer.add_image("agl/drift", np.asarray(_image(content)), step, dataformats="HWC")
+        writer.add_image("agl/drift", _pixels(content), step, dataformats="HWC")
     writer.flush()
 
 
@@ -105,5 +105,5 @@ def _to_run(library: Any, columns: list[str], rows: list[list], content: bytes |
     """Trackio has the interface of Weights & Biases."""
     entries = {"agl/drift_by_layer": library.Table(columns=columns, data=rows)}
     if content is not None:
-        entries["agl/drift"] = library.Image(_image(content))
+        entries["agl/drift"] = library.Image(_pixels(content))
     library.log({**entries, "train/global_step": step})
