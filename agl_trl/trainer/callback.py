@@ -282,8 +282,7 @@ class AlignGuardCallback(TrainerCallback):
         assert self.regularizer is not None, "training has begun"
         step = state.global_step
         terms, gradients = self.regularizer.gradients(step)
-        if gradients:
-            add_gradients(self.regularizer.parameters, gradients, engine)
+        add_gradients(self.regularizer.parameters, gradients, engine)
         del gradients  # before the anchor's forward pass
         region = self.regularizer.trust_region
         if self.protection is not None:

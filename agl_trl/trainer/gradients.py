@@ -21,10 +21,12 @@ def add_gradients(parameters: Sequence[Tensor], gradients: Sequence[Tensor], eng
         parameters (`Sequence[Tensor]`):
             Parameters that train.
         gradients (`Sequence[Tensor]`):
-            One for each, the same on every process.
+            One for each, the same on every process; none where nothing weighs on them.
         engine (`Any`, *optional*):
             DeepSpeed's optimizer, which keeps the gradients of its parameters itself, scaled where it trains in float16.
     """
+    if not gradients:
+        return
     if engine is not None:
         from deepspeed.utils import safe_get_full_grad, safe_set_full_grad
 

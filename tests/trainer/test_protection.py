@@ -210,7 +210,7 @@ def test_last_checkpoint_holds_the_budget_as_the_end_does(tmp_path, tokenizer, o
     # Front ends leave it as their result.
     saving = dict(save_strategy="steps", save_steps=6)
     trainer = agl_trainer(
-        tmp_path, tokenizer, opposite_rows, mixed_rows, telling_model(), kl_budget=0.02, **FAST | saving
+        tmp_path, tokenizer, opposite_rows, mixed_rows, telling_model(), kl_budget=0.02, **UNHELD | saving
     )
     trainer.train()
     references, kl = trainer.align_guard.references, {}
