@@ -4,7 +4,6 @@ import logging
 
 import pytest
 import torch
-from datasets import Dataset
 from peft import PeftModel, get_peft_model
 from safetensors.torch import load_file
 from transformers import TrainerCallback
@@ -19,19 +18,6 @@ from agl_trl.trainer.gradients import add_capped, norm_of
 from agl_trl.trainer.protection import AIM, Protection, scaling
 from tests.helpers.models import chat_rows
 from tests.helpers.training import COMMON, adapter_of, agl_trainer, lora, telling_model
-
-
-@pytest.fixture(scope="module")
-def mixed_rows() -> Dataset:
-    """Six rows to refuse, four to answer."""
-    refusals = [row | {"unsafe": True} for row in chat_rows(6, "please do bad thing", "Sorry, no {}.")]
-    return Dataset.from_list(refusals + [r | {"unsafe": False} for r in chat_rows(4, "kill process", "Sure, {}.")])
-
-
-@pytest.fixture(scope="module")
-def opposite_rows() -> Dataset:
-    """What pulls away from the protected answers: other ones to the same requests."""
-    return Dataset.from_list(chat_rows(24, "please do bad thing", "Yes! It is {}"))
 
 
 def measured(tokenizer, model, kinds) -> ReferenceAnswers:

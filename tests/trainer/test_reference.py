@@ -22,11 +22,6 @@ ANSWERS = "agl/reference_answers.safetensors"
 FAST = dict(learning_rate=3e-2, max_steps=8)
 
 
-@pytest.fixture(scope="module")
-def opposite_rows() -> Dataset:
-    return Dataset.from_list(chat_rows(24, "please do bad thing", "Yes! It is {}"))
-
-
 def ended(folder, tokenizer, train_rows, alignment_rows, **options):
     trainer = agl_trainer(folder, tokenizer, train_rows, alignment_rows, telling_model(), **FAST | options)
     trainer.train()

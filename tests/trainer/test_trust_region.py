@@ -4,26 +4,11 @@ import shutil
 
 import pytest
 import torch
-from datasets import Dataset
 from peft import get_peft_model
 from transformers import TrainerCallback
 
 from agl_trl import DriftReport
-from tests.helpers.models import chat_rows
 from tests.helpers.training import adapter_of, agl_trainer, lora, telling_model
-
-
-@pytest.fixture(scope="module")
-def mixed_rows() -> Dataset:
-    """Six rows to refuse, four to answer."""
-    refusals = [row | {"unsafe": True} for row in chat_rows(6, "please do bad thing", "Sorry, no {}.")]
-    return Dataset.from_list(refusals + [r | {"unsafe": False} for r in chat_rows(4, "kill process", "Sure, {}.")])
-
-
-@pytest.fixture(scope="module")
-def opposite_rows() -> Dataset:
-    """What pulls away from the protected answers: other ones to the same requests."""
-    return Dataset.from_list(chat_rows(24, "please do bad thing", "Yes! It is {}"))
 
 
 FAST = dict(learning_rate=3e-2, max_steps=10, anchor_every=5, kl_budget=0.02)
