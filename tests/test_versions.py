@@ -49,7 +49,14 @@ def test_trainers_ask_for_the_oldest_trl_with_which_they_are_tried():
 
 
 def test_trainers_say_which_trl_they_need(monkeypatch):
-    for found, refused in (("1.8.2", True), ("0.24.0", True), ("1.9.0", False), ("1.16.0rc1", False), ("2.0", False)):
+    for found, refused in (
+        ("1.8.2", True),
+        ("0.24.0", True),
+        ("1.9.0", False),
+        ("1.10rc1", False),
+        ("1.16.0rc1", False),
+        ("2.0", False),
+    ):
         monkeypatch.setattr(extras, "version", lambda name, found=found: found)
         if refused:
             with pytest.raises(

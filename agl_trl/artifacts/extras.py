@@ -4,6 +4,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib.metadata import version
 
+from packaging.version import Version
+
 
 TRL = "1.9"  # the oldest whose trainers ours can extend; front ends that pin an older one take the callback, which needs none
 
@@ -45,7 +47,7 @@ def needs_trl(what: str) -> None:
         [`MissingExtra`]: One sentence, where it is too old.
     """
     found = version("trl")
-    if tuple(map(int, found.split(".")[:2])) < tuple(map(int, TRL.split("."))):
+    if Version(Version(found).base_version) < Version(TRL):
         raise MissingExtra(
             f"{what} need TRL {TRL} or newer, and {found} is installed: pip install 'trl>={TRL}', or use AlignGuardCallback, which needs none."
         )

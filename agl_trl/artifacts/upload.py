@@ -1,6 +1,7 @@
 """Writing to the Hub: an artifact in one commit, as `push_to_hub` of transformers does, and a sentence for every way to fail."""
 
 import tempfile
+from abc import ABC, abstractmethod
 from os import PathLike
 from pathlib import Path
 from typing import ClassVar, Self
@@ -80,16 +81,17 @@ def create_repo(repo_id: str, *, private: bool | None = None, token: str | bool 
         raise PushError.because(f"Can't create '{repo_id}'", error) from error
 
 
-class PushToHubMixin:
+class PushToHubMixin(ABC):
     """`push_to_hub` for what has `save_pretrained`, with the arguments that it has in transformers."""
 
     # Files in `agl/` that tell of the file which a push replaces, and leave with it.
     _told_by: ClassVar[tuple[str, ...]] = ()
 
+    @abstractmethod
     def save_pretrained(self, save_directory: str | PathLike) -> Path:
-        raise NotImplementedError
+        """Write the file into a folder. Returns its path."""
 
-    def _check_repo(self, sha256_there: dict[str, str]) -> None:
+    def _check_repo(self, sha256_there: dict[str, str]) -> None:  # noqa: B027 (most belong beside anything)
         """Raise a [`PushError`] if this does not belong beside the files of a repo, of which the large ones have hashes."""
 
     def push_to_hub(

@@ -196,10 +196,8 @@ def _common_prefix(one: Sequence[Any], other: Sequence[Any]) -> int:
 def _with_prompt(chosen: Any, rejected: Any) -> dict[str, Any]:
     """Two answers that begin with their prompt, taken apart as `trl.extract_prompt` does, which callback and statistics do without."""
     end = min(_common_prefix(chosen, rejected), min(len(chosen), len(rejected)) - 1)
-    if (
-        chosen[end] != rejected[end] and chosen[end - 1] == " "
-    ):  # which tokenizers take together with the word that follows
-        end -= 1
+    if end > 0 and chosen[end] != rejected[end] and chosen[end - 1] == " ":
+        end -= 1  # tokenizers take a space together with the word that follows
     return {"prompt": chosen[:end], "chosen": chosen[end:], "rejected": rejected[end:]}
 
 

@@ -192,6 +192,7 @@ class AlignGuardCallback(TrainerCallback):
         self._handler = calling_handler()
         if self._handler is not None:
             call_before_trackers(self._handler, self)
+        self._deepspeed = AcceleratorState().deepspeed_plugin is not None
         checkpoint, begun = self.resume_from or resumed_from(args, state), CheckpointState()
         if checkpoint is not None:
             self._use(checkpoint_statistics(checkpoint, self.statistics), model)
@@ -202,7 +203,6 @@ class AlignGuardCallback(TrainerCallback):
         if self.protection is not None:
             self.protection.forget()  # of an earlier training by the same trainer
         self._held, self._metrics = None, {}
-        self._deepspeed = AcceleratorState().deepspeed_plugin is not None
         if self._deepspeed:
             before_step_of_deepspeed(kwargs["optimizer"], lambda engine: self._add(args, state, model, engine))
 
@@ -224,12 +224,13 @@ class AlignGuardCallback(TrainerCallback):
                 if self._has_region and not is_calibrated(self.statistics):
                     progress = not args.disable_tqdm
                     calibrate(model, self.statistics, self.references, seed=args.seed, progress=progress)
-        share = begun.share_per_drift
+        share = None
         if self.references is not None:
             self.protection = Protection(config, self.references, self.layers, args.seed)
-            if self._has_region and share is None:  # where a gradient's direction reaches the budget
+            if self._has_region:
                 assert config.kl_budget is not None, "checked"
-                share = 1 / drift_at(self.statistics, config.kl_budget)[0]
+                # Of a run that begins, as the curve has it where a gradient's direction reaches the budget.
+                share = begun.share_per_drift or 1 / drift_at(self.statistics, config.kl_budget)[0]
         self.regularizer = Regularizer(
             config,
             self.layers,
@@ -244,8 +245,7 @@ class AlignGuardCallback(TrainerCallback):
     @property
     def _has_region(self) -> bool:
         """Whether a trust region holds the run, which needs rows to learn how large it may be; DeepSpeed's weights can't be moved."""
-        deepspeed = AcceleratorState().deepspeed_plugin is not None
-        return self.config.kl_budget is not None and self.config.trust_radius is not None and not deepspeed
+        return self.config.kl_budget is not None and self.config.trust_radius is not None and not self._deepspeed
 
     @property
     def _has_rows(self) -> bool:

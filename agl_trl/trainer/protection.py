@@ -133,7 +133,7 @@ class Protection:
         elif self.scale < MUCH:
             logger.warning(
                 f"The update was shrunk to {self.scale:.0%} of itself to keep the KL budget, which takes what it learned of the task "
-                "too: a lower learning rate or warm-up keeps a run near its budget (`agl/kl` in the log), a larger `kl_budget` "
+                "too: a smaller `trust_radius` or learning rate keeps a run near its budget (`agl/kl` in the log), a larger `kl_budget` "
                 "shrinks less."
             )
 

@@ -83,6 +83,10 @@ def test_a_resumed_run_holds_the_limit_that_the_run_had(tmp_path, tokenizer, opp
     assert rest.limits[0] != watch.limits[0], "not the one it began with"
     for name, value in adapter_of(whole).items():
         assert torch.equal(value, adapter_of(part)[name]), name
+    without = FAST | options | dict(kl_budget=None, anchor_coef=0.6)
+    other = agl_trainer(tmp_path / "part", tokenizer, opposite_rows, mixed_rows, telling_model(), **without)
+    other.train(resume_from_checkpoint=str(tmp_path / "part/checkpoint-5"))
+    assert other.align_guard.regularizer.trust_region is None, "not of a budget that is gone"
     part.save_model()
     saved = DriftReport.from_pretrained(tmp_path / "part").metadata["protected"]["share_per_drift"]
     assert saved == part.align_guard.regularizer.trust_region.share_per_drift.item()
