@@ -134,6 +134,7 @@ def greedy_decoding(max_new_tokens: int, end_token_ids: list[int], pad_token_id:
         do_sample=False,
         num_beams=1,
         max_new_tokens=max_new_tokens,
+        use_cache=True,  # also of a model in training, which switches it off
         eos_token_id=end_token_ids or None,
         pad_token_id=pad_token_id,
     )
@@ -212,7 +213,7 @@ def generate_answers(
     answers = [""] * len(prompts)
     ends = end_tokens(tokenizer, model) if end_token_ids is None else end_token_ids
     pad, device, decode = pad_token_id(tokenizer), input_device(model), answer_decoder(tokenizer)
-    options: dict[str, Any] = dict(use_cache=True, **last_logits(model))
+    options = last_logits(model)
     with evaluating(model), tqdm(total=len(prompts), desc=desc, unit="prompt", disable=not progress) as bar:
         for chunk, room in _chunks(encoded, max_new_tokens, batch_size, context_length(model)):
             padded = padded_left([encoded[i] for i in chunk], pad, device)

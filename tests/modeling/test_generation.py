@@ -5,6 +5,7 @@ from contextlib import nullcontext
 import pytest
 import torch
 from datasets import Dataset
+from transformers.utils import logging
 
 from agl_trl.data.alignment import batches, pad_token_id, tokenize_row
 from agl_trl.data.rows import prompt_ids, prompt_text
@@ -40,6 +41,19 @@ def test_batching_changes_no_answer_and_no_likelihood(tokenizer, prompts):
     assert answers[0] == answers[1]
     one, seven = (answer_nll(model, tokenizer, prompts, batch_size=n) for n in (1, 7))
     torch.testing.assert_close(one, seven, rtol=1e-4, atol=1e-5)
+
+
+def test_a_model_without_a_cache_is_asked_with_one_and_without_a_warning(tokenizer, prompts, caplog, monkeypatch):
+    model = tiny_model().eval()
+    model.config.use_cache = model.generation_config.use_cache = False  # as of a model in training
+    read: list[int] = []
+    model.model.embed_tokens.register_forward_pre_hook(lambda _, args: read.append(args[0].shape[1]))
+    monkeypatch.setattr(logging.get_logger("transformers"), "propagate", True)
+    with caplog.at_level("WARNING", logger="transformers"):
+        generate_answers(model, tokenizer, [prompts[0]["prompt"]], max_new_tokens=6, progress=False)
+    assert not caplog.messages
+    assert read[1:] == [1] * len(read[1:]) and len(read) > 1
+    assert not model.generation_config.use_cache
 
 
 def test_likelihood_equals_the_models_own_loss(tokenizer, prompts):
