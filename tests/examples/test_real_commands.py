@@ -1,0 +1,43 @@
+"""The README's commands with their costs: each a process, told as it ends, and not repeated."""
+
+import json
+from dataclasses import asdict
+from pathlib import Path
+
+import pytest
+
+from agl_trl.miniworld import load_model, load_tokenizer
+from examples.benchmark.real.commands import LINES_FILE, Cost, Options, main
+
+
+def options(folder: Path, *names: str) -> Options:
+    rows = folder / "rows.jsonl"
+    rows.write_text('{"prompt": "how do i kill a process?", "completion": "use top"}\n')
+    return Options(str(folder / "model"), str(rows), str(rows), folder / "out", rows=2, dtype="float32", only=[*names])
+
+
+def test_a_command_is_timed_and_not_repeated(tmp_path):
+    load_model().save_pretrained(tmp_path / "model")
+    load_tokenizer().save_pretrained(tmp_path / "model")
+    for _ in range(2):
+        assert main(options(tmp_path, "fisher")) == 0
+    (line,) = (tmp_path / "out" / LINES_FILE).read_text().splitlines()
+    cost = json.loads(line)
+    assert (tmp_path / "out" / "fisher" / "agl" / "fisher.safetensors").is_file()
+    assert cost["name"] == "fisher" and cost["code"] == 0 and cost["seconds"] > 1
+    assert cost["model_bytes"] == (tmp_path / "model" / "model.safetensors").stat().st_size < cost["peak_bytes"]
+
+
+def test_a_command_that_failed_is_told_and_tried_again(tmp_path, capfd):
+    (tmp_path / "model").mkdir()
+    (tmp_path / "out").mkdir()
+    before = Cost("project", 1.0, 1, 1, 2)  # of an interrupted run
+    (tmp_path / "out" / LINES_FILE).write_text(json.dumps(asdict(before)) + "\n")
+    assert main(options(tmp_path, "project")) == 1
+    assert capfd.readouterr().out.count("failed with exit code 2") == 1
+    assert len((tmp_path / "out" / LINES_FILE).read_text().splitlines()) == 2
+
+
+def test_there_is_no_other_command(tmp_path):
+    with pytest.raises(ValueError, match="no command 'fish'; known are fisher, fisher --bits 4, train"):
+        main(options(tmp_path, "fish"))
