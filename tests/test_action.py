@@ -11,10 +11,13 @@ from xml.etree import ElementTree
 import pytest
 import yaml
 
+from tests.helpers.github_server import serving
+
 
 ROOT = Path(__file__).parents[1]
 ACTION = yaml.safe_load((ROOT / "action.yml").read_text())
 STEPS = ACTION["runs"]["steps"]
+GIVEN = {"github.token": "a-token", "github.event.pull_request.number": "12"}
 EXPRESSION = re.compile(r"\$\{\{\s*([\w.-]+)\s*\}\}")
 
 
@@ -25,10 +28,12 @@ def evaluated(text: str, inputs: dict[str, str], outputs: dict[str, str]) -> str
         name = match[1]
         if name == "github.action_path":
             return str(ROOT)
+        if name in GIVEN:
+            return GIVEN[name]
         if name.startswith("steps.measure.outputs."):
             return outputs.get(name.rpartition(".")[2], "")
         assert name.startswith("inputs."), f"no such expression: {name}"
-        return inputs[name.partition(".")[2]]
+        return evaluated(inputs[name.partition(".")[2]], inputs, outputs)
 
     return EXPRESSION.sub(value, text)
 
@@ -124,6 +129,25 @@ def test_pass_fail_and_too_few_prompts(world, tmp_path):
     assert undecided.run_all() == 3 and undecided.outputs["verdict"] == "insufficient evidence"
     allowed = Runner(tmp_path, **few, insufficient_evidence="pass")
     assert allowed.run_all() == 0 and "::warning::" in allowed.said
+
+
+def test_the_pull_request_gets_one_comment(world, tmp_path):
+    (step,) = (step for step in STEPS if step.get("name") == "Comment")
+    assert "github.event.pull_request.number" in step["if"] and "inputs.comment == 'true'" in step["if"]
+    where = {"GITHUB_REPOSITORY": "me/model", "GITHUB_SERVER_URL": "https://github.com", "GITHUB_RUN_ID": "7"}
+    with serving() as github:
+        where["GITHUB_API_URL"] = github.url
+        runner = Runner(tmp_path, **world | {"prompts": ""}, fail_if="relative_drift>100")
+        runner.run_all()
+        assert runner.run(step, **where) == 0 and f"Comment: {github.url}/c/1" in runner.said, runner.said
+        (made,) = github.comments
+        assert "### Drift: pass\n\n    relative drift " in made["body"]
+        assert "(https://github.com/me/model/actions/runs/7)" in made["body"]
+        (tmp_path / "drift-report" / "summary.md").write_text("### Drift: fail\n")  # of a later run
+        assert runner.run(step, **where) == 0 and "### Drift: fail" in made["body"] and len(github.comments) == 1
+        github.status = 403  # of a fork
+        refused = Runner(tmp_path, **world)
+        assert refused.run(step, **where) == 0 and "::warning::The workflow may not comment" in refused.said
 
 
 def test_what_is_no_command_is_not_run(world, tmp_path):

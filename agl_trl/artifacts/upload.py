@@ -6,17 +6,12 @@ from os import PathLike
 from pathlib import Path
 from typing import ClassVar, Self
 
-import huggingface_hub
 from huggingface_hub import CommitInfo, CommitOperationAdd, CommitOperationDelete, HfApi
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, OfflineModeIsEnabled, RepositoryNotFoundError
 
 from .files import FOLDER, first_line, sha256
+from .http_client import httpx
 
-
-if int(huggingface_hub.__version__.partition(".")[0]) >= 2:  # the client that it speaks HTTP with, and brings
-    import httpx2 as httpx
-else:
-    import httpx  # type: ignore[no-redef]
 
 _REASONS = {
     401: "the Hub does not accept the token: log in with `hf auth login`",
