@@ -10,10 +10,11 @@ Faithful: C in the authors' fast form, the cosine, `cos ≤ τ` with τ = 0.5 or
 projector on the column space of V, which is everything where V has full rank as here, keeps its first directions only.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor
+from transformers import PreTrainedModel
 from trl import SFTConfig, SFTTrainer
 
 from agl_trl.miniworld import load_model
@@ -41,10 +42,14 @@ def alignment_matrix(V: Tensor, energy: float | None = None) -> Tensor:
     return U @ U.mT
 
 
-def alignment_matrices(layers: list[AdaptedLayer], energy: float | None = None) -> list[Tensor]:
-    """C of every guarded layer of the aligned model, paired with the base model by name."""
-    base = linear_layers(load_model("base"))
-    return [alignment_matrix(base_weight(layer.module) - base_weight(base[layer.name]), energy) for layer in layers]
+def alignment_matrices(
+    layers: list[AdaptedLayer], before: PreTrainedModel, energy: float | None = None
+) -> Iterator[Tensor]:
+    """C of every guarded layer, one at a time; the model before alignment has its layers under the same names."""
+    base = linear_layers(before)
+    for layer in layers:
+        W = base_weight(layer.module).float()
+        yield alignment_matrix(W - base_weight(base[layer.name]).float().to(W.device), energy)
 
 
 def cosine(first: tuple[Tensor, Tensor], second: tuple[Tensor, Tensor]) -> Tensor:
@@ -63,6 +68,7 @@ def cosine(first: tuple[Tensor, Tensor], second: tuple[Tensor, Tensor]) -> Tenso
 class SafeLoraTrainer(SFTTrainer):
     """Plain LoRA, projected when training has ended; the cosines stay in `cosines`, the projected layers in `projected`."""
 
+    before: PreTrainedModel
     threshold: float = 0.5
     number: int | None = None
     energy: float | None = None
@@ -75,13 +81,12 @@ class SafeLoraTrainer(SFTTrainer):
     @torch.no_grad()
     def project(self) -> None:
         layers = adapted_layers(self.model)
-        after = [
-            C @ layer.parameters()[1] for layer, C in zip(layers, alignment_matrices(layers, self.energy), strict=True)
-        ]
+        matrices = alignment_matrices(layers, self.before, self.energy)
+        after = [C @ layer.parameters()[1].float() for layer, C in zip(layers, matrices, strict=True)]
         each = []
         for layer, CB in zip(layers, after, strict=True):
             A, B = layer.parameters()
-            each.append(cosine((A, CB), (A, B)))
+            each.append(cosine((A.float(), CB), (A.float(), B.float())))
         self.cosines = torch.stack(each)
         limit = self.threshold if self.number is None else self.cosines.sort().values[self.number - 1]
         self.projected = self.cosines <= limit
@@ -105,6 +110,7 @@ def safe_lora(
 
     def make(setting: Setting) -> SFTTrainer:
         trainer = build(SafeLoraTrainer, SFTConfig(**common(setting)), setting)
+        trainer.before = load_model("base")
         trainer.threshold, trainer.number, trainer.energy = threshold, number, energy
         return trainer
 

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 from trl import SFTConfig, SFTTrainer
 
+from agl_trl.miniworld import load_model
 from agl_trl.modeling.lora import adapted_layers
 
 from .safe_lora import alignment_matrices, cosine
@@ -60,7 +61,7 @@ class SploraTrainer(SFTTrainer):
     def prune(self) -> None:
         layers, scores = adapted_layers(self.model), []
         generator = torch.Generator().manual_seed(self.args.seed)
-        for layer, C in zip(layers, alignment_matrices(layers), strict=True):
+        for layer, C in zip(layers, alignment_matrices(layers, load_model("base")), strict=True):
             A, B = layer.parameters()
             if self.score == "cosine":
                 scores.append(cosine((A, C @ B), (A, B)))

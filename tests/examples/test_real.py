@@ -43,10 +43,13 @@ def options(tmp_path_factory) -> Options:
         {"prompt": row["prompt"][0]["content"], "expected": "refuse" if row["unsafe"] else "comply"}
         for row in heldout_prompts()
     ]
+    load_model("base").save_pretrained(folder / "before")
+    load_tokenizer().save_pretrained(folder / "before")
     (folder / "general.txt").write_text("A few words of no special kind. " * 40)
     return Options(
         output=folder / "output",
         model="miniworld",
+        before=str(folder / "before"),
         task=write(folder / "task.jsonl", texts[:40]),
         unsafe=write(folder / "wicked.jsonl", [row for row in prompts if row["expected"] == "refuse"]),
         safe=write(folder / "mixed.jsonl", prompts),
@@ -156,6 +159,8 @@ def test_other_settings_and_names_are_refused(finished, options, tmp_path):
         command.main(replace(options, steps=3))
     with pytest.raises(ValueError, match="no method 'agls'"):
         chosen_methods(replace(options, methods=["agls"]))
+    with pytest.raises(ValueError, match="'safe-lora' takes the model before alignment: name it as `--before`"):
+        chosen_methods(replace(options, methods=["safe-lora"], before=None))
     with pytest.raises(ValueError, match="`--task` is missing"):
         load_data(replace(options, task=None))
     with pytest.raises(ValueError, match="40 rows, of which the last 40 are held out"):
@@ -196,7 +201,7 @@ def plain(base, options, tmp_path_factory) -> torch.Tensor:
 def test_every_method_trains(name, base, options, plain, tmp_path):
     weights = trained(name, base, options, tmp_path)
     assert torch.isfinite(weights).all() and weights.shape == plain.shape
-    if name in ("plain-lr0.3", "plain-lr3", "paper", "replay", "kl"):
+    if name in ("plain-lr0.3", "plain-lr3", "paper", "replay", "kl", "safe-lora"):
         assert not torch.equal(weights, plain)
 
 

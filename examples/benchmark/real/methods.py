@@ -3,9 +3,7 @@ The methods by name: what each changes in an otherwise equal run. A further one 
 
 - `lr`: times the given learning rate;
 - `agl`: options of `AGLSFTConfig`; it gets all protected rows, or with `rows=False` the published statistics alone;
-- `trainer`: another trainer, which gets the protected rows.
-
-Not here: Safe LoRA's projection, which takes the weights before alignment.
+- `trainer`: another trainer, which gets the protected rows, or the model before alignment (`--before`).
 """
 
 from pathlib import Path
@@ -19,8 +17,10 @@ from trl import SFTConfig, SFTTrainer
 
 from agl_trl import AGLSFTConfig, AGLSFTTrainer, AlignGuardConfig
 from agl_trl.data.alignment import AlignmentRow, batches, pad_token_id, tokenize_row
+from agl_trl.modeling.loading import load_model
 
 from ..methods import EWCTrainer, ReplayTrainer
+from ..safe_lora import SafeLoraTrainer
 from .base import Base
 from .measure import BATCH, row_figures
 from .setting import Options
@@ -61,6 +61,7 @@ METHODS: dict[str, dict[str, Any]] = {
     "replay": dict(trainer=ReplayTrainer),
     "kl": dict(trainer=KLTrainer),
     "ewc": dict(trainer=EWCTrainer),
+    "safe-lora": dict(trainer=SafeLoraTrainer),
 }
 KL_BUDGET = "agl-kl"
 
@@ -76,6 +77,8 @@ def chosen_methods(options: Options) -> list[str]:
     for name in names:
         if name not in METHODS and not name.startswith(KL_BUDGET):
             raise ValueError(f"There is no method '{name}'; known are {', '.join(METHODS)}, and `--kl-budget`.")
+        if method_options(name).get("trainer") is SafeLoraTrainer and options.before is None:
+            raise ValueError(f"Method '{name}' takes the model before alignment: name it as `--before`.")
         try:
             AlignGuardConfig(**method_options(name).get("agl", {}))
         except (TypeError, ValueError) as error:
@@ -125,7 +128,10 @@ def make(
         trainer = AGLSFTTrainer(args=config, alignment_dataset=rows, **shared)
     else:
         trainer = method.get("trainer", SFTTrainer)(args=SFTConfig(**args), **shared)
-        give_rows(trainer, base.protected, seed)
+        if isinstance(trainer, SafeLoraTrainer):
+            trainer.before = load_model(str(options.before), dtype=options.dtype)[0]
+        else:
+            give_rows(trainer, base.protected, seed)
     trainer.remove_callback(PrinterCallback)
     return trainer
 

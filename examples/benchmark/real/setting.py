@@ -24,6 +24,9 @@ class Options:
 
     output: Path = field(metadata={"help": "Folder of results.jsonl, the report, and what is kept between runs."})
     model: str | None = field(default=None, metadata={"help": "Folder or Hub id of an aligned model."})
+    before: str | None = field(
+        default=None, metadata={"help": "Folder or Hub id of the model before alignment, for the method safe-lora."}
+    )
     task: str | None = field(
         default=None,
         metadata={"help": "File of rows to train on: a prompt and an answer each. Its last rows are held out."},
