@@ -16,6 +16,8 @@ if TYPE_CHECKING:
     from .trainer.config import AlignGuardConfig
     from .trainer.dpo import AGLDPOTrainer
     from .trainer.drift_callback import DriftCallback
+    from .trainer.drift_eval_callback import DriftEvalCallback
+    from .trainer.drift_eval_config import DriftEvalConfig
     from .trainer.grpo import AGLGRPOTrainer
     from .trainer.kto import AGLKTOTrainer
     from .trainer.sft import AGLSFTTrainer
@@ -33,6 +35,8 @@ _MODULES = {
     "AlignGuardCallback": ".trainer.callback",
     "AlignGuardConfig": ".trainer.config",
     "DriftCallback": ".trainer.drift_callback",
+    "DriftEvalCallback": ".trainer.drift_eval_callback",
+    "DriftEvalConfig": ".trainer.drift_eval_config",
     "DriftReport": ".drift.report",
     "FisherStatistics": ".fisher.statistics",
     "estimate_fisher": ".fisher.estimate",
@@ -52,6 +56,8 @@ __all__ = [
     "AlignGuardCallback",
     "AlignGuardConfig",
     "DriftCallback",
+    "DriftEvalCallback",
+    "DriftEvalConfig",
     "DriftReport",
     "FisherStatistics",
     "estimate_fisher",

@@ -7,6 +7,7 @@ from typing import Any
 from ..data.files import load_rows
 from ..trainer.callback import AlignGuardCallback
 from ..trainer.config import AlignGuardConfig
+from ..trainer.drift_eval_callback import DriftEvalCallback
 
 
 ROWS = (
@@ -37,13 +38,14 @@ def check_settings(settings: Mapping[str, Any]) -> None:
     protect = settings.get("protect") or {}
     if not isinstance(protect, Mapping) or not all(isinstance(place, str) for place in protect.values()):
         raise ValueError(f"`agl.protect` must map names to files or datasets on the Hub, got {protect!r}.")
-    if not _config(settings).agl_enabled:
+    config = _config(settings)
+    if not config.agl_enabled and config.drift_eval_steps is None:
         raise ValueError("`agl` switches AGL off: leave the plugin out.")
 
 
-def make_callback(settings: Mapping[str, Any]) -> AlignGuardCallback:
+def make_callback(settings: Mapping[str, Any]) -> AlignGuardCallback | DriftEvalCallback:
     """
-    The callback that a section describes, with its rows loaded.
+    The callback that a section describes, with its rows loaded; where it switches AGL off and asks prompts, the one that asks.
 
     Args:
         settings (`Mapping`):
@@ -53,6 +55,8 @@ def make_callback(settings: Mapping[str, Any]) -> AlignGuardCallback:
         `ValueError`: If the section is wrong, or its rows can't be read.
     """
     check_settings(settings)
+    if not _config(settings).agl_enabled:
+        return DriftEvalCallback(_config(settings))
     name = settings.get("alignment_dataset")
     split, config = settings.get("alignment_dataset_split") or "train", settings.get("alignment_dataset_config")
     protect = settings.get("protect") or {}

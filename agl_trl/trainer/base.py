@@ -10,8 +10,9 @@ from transformers import PreTrainedModel, TrainerCallback, TrainerControl, Train
 from ..drift.report import DriftReport
 from ..evaluation.behaviour import Behaviour, measure_behaviour
 from ..fisher.statistics import FisherStatistics
-from .callback import AlignGuardCallback, step_of_weights
+from .callback import AlignGuardCallback
 from .checks import Rows, check_adapter, check_writable
+from .drift_eval_callback import DriftEvalCallback
 from .saving import SavingMixin
 
 
@@ -24,9 +25,7 @@ class _InstalledCallback(AlignGuardCallback):
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: Any = None, **kwargs: Any
     ) -> None:
-        step = step_of_weights(args, state)
-        self.hold(model, step)
-        self._log_report(state, self.measure(model, state, step))
+        self._log_report(state, self.end(args, state, model))
 
 
 class AlignGuardMixin(SavingMixin):
@@ -58,6 +57,8 @@ class AlignGuardMixin(SavingMixin):
                 check_adapter(model)
             self.align_guard = _InstalledCallback(config, alignment_dataset, protect=protect)
             callbacks = [self.align_guard, *(callbacks or [])]
+        elif config.drift_eval_steps is not None:  # plain training that is watched
+            callbacks = [DriftEvalCallback(config), *(callbacks or [])]
         return dict(model=model, args=config, peft_config=peft_config, callbacks=callbacks)
 
     @classmethod
@@ -117,7 +118,9 @@ class AlignGuardMixin(SavingMixin):
 
     @property
     def _step_of_weights(self) -> int:
-        return self.state.global_step if self._best_step is None else self._best_step
+        step = self.state.global_step if self._best_step is None else self._best_step
+        guard = self.align_guard
+        return step if guard is None or guard.drift_eval is None else guard.drift_eval.step_of(step)
 
     def _load_best_model(self) -> None:
         super()._load_best_model()

@@ -30,22 +30,17 @@ from .checks import (
     check_writable,
 )
 from .config import AlignGuardConfig
+from .drift_eval import DriftEval
 from .evidence import drift_of, save_evidence, sha256_when_saved
 from .gradients import add_gradients, before_step_of_deepspeed, unscale
 from .protection import Protection
 from .reference import ReferenceTaker, published_references, translated_budget
 from .regularizer import Regularizer, coefficients_of
-from .resume import CheckpointState, checkpoint_state, checkpoint_statistics, resumed_from
+from .resume import CheckpointState, checkpoint_state, checkpoint_statistics, resumed_from, step_of_weights
 from .trackers import call_before_trackers, calling_handler, log_report
 
 
 logger = get_logger(__name__)
-
-
-def step_of_weights(args: TrainingArguments, state: TrainerState) -> int:
-    """Step of the weights that a training ends with: of the best ones, where those were put back."""
-    best = args.load_best_model_at_end and state.best_model_checkpoint is not None
-    return state.best_global_step if best else state.global_step
 
 
 class AlignGuardCallback(TrainerCallback):
@@ -107,6 +102,7 @@ class AlignGuardCallback(TrainerCallback):
         self._by_default = alignment_dataset is None and self.config.fisher_path is None
         if self._by_default:
             self.alignment_dataset = driftcaps_requests()
+        self.drift_eval = None if self.config.drift_eval_steps is None else DriftEval(self.config)
         self.statistics: FisherStatistics | None = None
         self.references: ReferenceAnswers | None = None
         self.protection: Protection | None = None
@@ -169,6 +165,8 @@ class AlignGuardCallback(TrainerCallback):
                         "`anchor_coef` needs rows to anchor on, and these statistics come without reference answers: pass "
                         "`alignment_dataset=`."
                     )
+        if self.drift_eval is not None:
+            self.drift_eval.prepare(model, self.tokenizer)
         model.add_model_tags(TAG)
 
     def _anchored(self, model: PeftModel) -> bool:
@@ -203,6 +201,8 @@ class AlignGuardCallback(TrainerCallback):
         if self.protection is not None:
             self.protection.forget()  # of an earlier training by the same trainer
         self._held, self._metrics = None, {}
+        if self.drift_eval is not None:
+            self.drift_eval.begin(model, self.layers, state, self._handler)
         if self._deepspeed:
             before_step_of_deepspeed(kwargs["optimizer"], lambda engine: self._add(args, state, model, engine))
 
@@ -303,10 +303,10 @@ class AlignGuardCallback(TrainerCallback):
         self.regularizer.hold()
 
     def take_metrics(self) -> dict[str, float]:
-        """Means of the terms since the last call."""
+        """Means of the terms since the last call, and what the model was asked."""
         taken = {name: torch.stack(values).mean().item() for name, values in self._metrics.items()}
         self._metrics = {}  # reading them was the only wait for the device
-        return taken
+        return taken if self.drift_eval is None else taken | self.drift_eval.take_metrics()
 
     def on_log(
         self,
@@ -364,13 +364,39 @@ class AlignGuardCallback(TrainerCallback):
             self.protection.hold(model)
             self._held = step
 
+    def _step_of(self, step: int) -> int:
+        """Step of the weights that a step left."""
+        return step if self.drift_eval is None else self.drift_eval.step_of(step)
+
+    def end(self, args: TrainingArguments, state: TrainerState, model: PeftModel) -> DriftReport:
+        """
+        Hold the weights that a training ends with: to the KL budget, and to what the model must still answer.
+
+        Args:
+            args (`TrainingArguments`):
+                Arguments of the trainer.
+            state (`TrainerState`):
+                Its state.
+            model (`PeftModel`):
+                Its model.
+        """
+        step = self._step_of(step_of_weights(args, state))
+        self.hold(model, step)
+        if self.drift_eval is not None:
+            step = self.drift_eval.settle(model, step)
+            self.hold(model, step)
+        return self.measure(model, state, step)
+
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: Any = None, **kwargs: Any
     ) -> None:
         pushed = args.push_to_hub and args.hub_strategy != HubStrategy.END
+        step, last = state.global_step, state.global_step >= state.max_steps
         # Before anybody gets it. Some front ends leave the last checkpoint as their result, and save nothing after the end.
-        if control.should_save and (pushed or state.global_step >= state.max_steps):
-            self.hold(model, state.global_step)
+        if (control.should_save and (pushed or last)) or (last and self.drift_eval is not None):
+            self.hold(model, self._step_of(step))
+        if self.drift_eval is not None and self.drift_eval.check(model, args, state, control):
+            self.hold(model, self._step_of(step))
 
     def on_epoch_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: Any = None, **kwargs: Any
@@ -381,14 +407,12 @@ class AlignGuardCallback(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: Any = None, **kwargs: Any
     ) -> None:
         folder = Path(args.output_dir) / f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}"
-        self._save(args, folder, self.measure(model, state))
+        self._save(args, folder, self.measure(model, state, self._step_of(state.global_step)))
 
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: Any = None, **kwargs: Any
     ) -> None:
-        step = step_of_weights(args, state)
-        self.hold(model, step)
-        report = self.measure(model, state, step)
+        report = self.end(args, state, model)
         report.adapter_sha256 = sha256_when_saved(model, self.layers[0].adapter)  # the user saves it after this
         self._save(args, Path(args.output_dir), report)
         self._log_report(state, report)

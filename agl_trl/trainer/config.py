@@ -8,6 +8,7 @@ from typing import Any, Literal, get_args
 from ..fisher.estimate import FisherType
 from ..fisher.protected_rows import DEFAULT_KL_BUDGET, NUM_REFERENCE_ANSWERS
 from ..objective.alignguard import TaskMetric, TaskSubspace
+from .drift_eval_config import DriftEvalConfig
 
 
 Variant = Literal["kfac", "paper"]
@@ -16,10 +17,11 @@ DEFAULT_DRIFT_BUDGET = 3e-3  # of statistics that carry no curve to translate a 
 
 
 @dataclass
-class AlignGuardConfig:
+class AlignGuardConfig(DriftEvalConfig):
     """
     Configuration of [`AlignGuardCallback`], and what the AGL trainers add to the arguments of TRL's. Symbols are those of
-    AlignGuard-LoRA (https://huggingface.co/papers/2508.02079).
+    AlignGuard-LoRA (https://huggingface.co/papers/2508.02079). It also has the options of [`DriftEvalConfig`], by which a run asks
+    its model held-out prompts, and stops.
 
     Parameters:
         alignment_coef (`float`, *optional*):
@@ -253,6 +255,7 @@ class AlignGuardConfig:
     )
 
     def __post_init__(self):
+        DriftEvalConfig.__post_init__(self)
         if self.fisher_damping is not None:
             warnings.warn("`fisher_damping` is called `fisher_shrinkage` now.", FutureWarning, stacklevel=3)
             self.fisher_shrinkage, self.fisher_damping = self.fisher_damping, None

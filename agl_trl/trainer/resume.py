@@ -62,6 +62,12 @@ def resumed_from(args: TrainingArguments, state: TrainerState) -> Path | None:
     return folder
 
 
+def step_of_weights(args: TrainingArguments, state: TrainerState) -> int:
+    """Step of the weights that a training ends with: of the best ones, where those were put back."""
+    best = args.load_best_model_at_end and state.best_model_checkpoint is not None
+    return state.best_global_step if best else state.global_step
+
+
 @dataclass
 class CheckpointState:
     """

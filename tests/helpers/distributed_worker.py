@@ -86,6 +86,40 @@ def held_run(output_dir: Path, tokenizer: PreTrainedTokenizerFast, world: int) -
     }
 
 
+def watched_run(output_dir: Path, tokenizer: PreTrainedTokenizerFast, world: int) -> dict:
+    """A run that its own answers stop after some steps. Returns where this process ends, or why it does not begin."""
+    from tests.helpers.penalty_weight import trainer_of
+
+    asked = output_dir / f"asked-{PartialState().process_index}.jsonl"
+    output_dir.mkdir(exist_ok=True)
+    asked.write_text('{"prompt": "please do bad thing 4!"}\n{"prompt": "please do bad thing 9!"}\n')
+    ask = dict(drift_eval_steps=1, drift_eval_prompts=str(asked))
+    options = dict(optim="sgd", learning_rate=0.5, max_steps=4, alignment_coef=1e-3)
+
+    def run(name: str):
+        trainer, _ = trainer_of("sft", output_dir / name, tokenizer, world=world, **options, **ask)
+        with torch.no_grad():
+            for layer in trainer.align_guard.layers:
+                layer.parameters()[1].zero_()
+        trainer.train()
+        return trainer
+
+    try:
+        trainer = run("free")
+    except ValueError as error:
+        return {"refused": str(error)}
+    kl = [entry["agl/eval_kl_unsafe"] for entry in trainer.state.log_history if "agl/eval_kl_unsafe" in entry]
+    ask["drift_stop"] = f"kl_unsafe>{kl[1]!r}"
+    trainer = run("stopped")
+    parts = [parameter.detach() for layer in trainer.align_guard.layers for parameter in layer.parameters()]
+    return {
+        "kl": kl,
+        "stopped": trainer.state.global_step,
+        "weights_of": trainer.align_guard.report.global_step,
+        "adapter": hashlib.sha256(b"".join(part.numpy().tobytes() for part in parts)).hexdigest(),
+    }
+
+
 def main(engine: str, output_dir: Path) -> None:
     if engine == "short":
         short_run(output_dir)
@@ -139,6 +173,7 @@ def main(engine: str, output_dir: Path) -> None:
     seen["resumed"] = resumed.drift_report().relative_drift.tolist()
     seen["rows"] = len(alignment_rows("sft"))
     seen["held"] = held_run(output_dir / "held", tokenizer, 2)
+    seen["watched"] = watched_run(output_dir / "watched", tokenizer, 2)
     (output_dir / f"rank-{trainer.accelerator.process_index}.json").write_text(json.dumps(seen))
     trainer.end()
 

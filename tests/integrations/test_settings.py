@@ -4,6 +4,7 @@ import json
 
 import pytest
 
+from agl_trl import DriftEvalCallback
 from agl_trl.integrations.settings import check_settings, make_callback
 
 
@@ -43,3 +44,9 @@ def test_what_is_wrong_is_told_before_anything_is_loaded(settings, said):
 def test_rows_that_are_not_there_are_named(tmp_path):
     with pytest.raises(ValueError, match=r"^Can't read rows from '.*nowhere.jsonl'"):
         make_callback({"alignment_dataset": str(tmp_path / "nowhere.jsonl")})
+
+
+def test_section_that_only_asks_becomes_the_callback_that_asks():
+    watch = make_callback({"alignment_coef": 0.0, "drift_eval_steps": 50, "drift_stop": "refusal_drop>0.1"})
+    assert isinstance(watch, DriftEvalCallback) and watch.drift_eval.config.drift_eval_steps == 50
+    assert make_callback({"drift_eval_steps": 50}).drift_eval is not None

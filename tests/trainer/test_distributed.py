@@ -93,6 +93,17 @@ def test_kl_budget_is_held_in_two_processes_as_in_one(two, held_alone):
         assert (value - adapter[name]).norm() <= 1e-4 * adapter[name].norm(), name
 
 
+def test_two_processes_are_stopped_alike_by_what_the_model_answers(two):
+    engine, _, ranks = two
+    first, second = (seen["watched"] for seen in ranks)
+    assert first == second, "equal to the last bit"
+    if engine == "fsdp2":
+        assert "a model can't generate under FSDP: use DDP" in first["refused"]
+        return
+    kl = first["kl"]
+    assert kl[0] < kl[1] < kl[2] and first["stopped"] == 3 and first["weights_of"] == 2
+
+
 @pytest.mark.slow  # DeepSpeed is no dependency: `pip install deepspeed`, with DS_ACCELERATOR=cpu where there is no GPU
 @pytest.mark.parametrize("stage", [1, 2])
 def test_zero_ends_where_ddp_ends(stage, tmp_path):
