@@ -118,6 +118,20 @@ def drift(
     judge: Annotated[
         str, typer.Option(help="refusal-strings, gcg-strings, or a classifier or guard model.")
     ] = "refusal-strings",
+    suite: Annotated[
+        Literal["abilities"] | None,
+        typer.Option(help="What else to measure: abilities, by 250 rows each of five public sets (see the docs)."),
+    ] = None,
+    ability: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="Ability set: a public one such as mmlu or gsm8k, a file, a Hub id; of question, choices, answer, of prompt, answer, "
+            "or of text (also a .txt file); may be repeated."
+        ),
+    ] = None,
+    ability_limit: Annotated[
+        int | None, typer.Option(min=1, help="Take only so many rows of every ability set, spread over it.")
+    ] = None,
     fail_if: Annotated[
         list[str] | None,
         typer.Option(
@@ -149,6 +163,9 @@ def drift(
         prompts=prompts,
         limit=limit,
         judge=judge,
+        suite=suite,
+        ability=ability or (),
+        ability_limit=ability_limit,
         fail_if=fail_if or (),
         sequential=sequential,
         html=html,
@@ -216,6 +233,10 @@ def attach(
     prompts: Annotated[str | None, typer.Option(help="Prompts to ask, as in `drift`.")] = "driftcaps",
     limit: Annotated[int | None, typer.Option(min=1, help="Ask only so many of them.")] = None,
     judge: Annotated[str, typer.Option(help="Judge of the answers, as in `drift`.")] = "refusal-strings",
+    ability: Annotated[list[str] | None, typer.Option(help="Ability set, as in `drift`; may be repeated.")] = None,
+    ability_limit: Annotated[
+        int | None, typer.Option(min=1, help="Take only so many rows of every ability set.")
+    ] = None,
     create_pr: Annotated[
         bool, typer.Option("--create-pr", help="Of a repo: open a pull request instead of a commit.")
     ] = False,
@@ -233,6 +254,8 @@ def attach(
         prompts=prompts,
         limit=limit,
         judge=judge,
+        ability=ability or (),
+        ability_limit=ability_limit,
         create_pr=create_pr,
         max_new_tokens=max_new_tokens,
         batch_size=batch_size,

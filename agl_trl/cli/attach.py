@@ -2,6 +2,7 @@
 
 import shutil
 import tempfile
+from collections.abc import Sequence
 from contextlib import ExitStack
 from pathlib import Path
 
@@ -24,6 +25,8 @@ def attach(
     prompts: str | None,
     limit: int | None,
     judge: str,
+    ability: Sequence[str] = (),
+    ability_limit: int | None = None,
     create_pr: bool,
     max_new_tokens: int,
     batch_size: int,
@@ -37,7 +40,7 @@ def attach(
             Folder or Hub id of the adapter.
         create_pr (`bool`):
             Whether to open a pull request in its repo, in place of a commit.
-        base, fisher, prompts, limit, judge, max_new_tokens, batch_size:
+        base, fisher, prompts, limit, judge, ability, ability_limit, max_new_tokens, batch_size:
             As in [`drift`].
 
     Raises:
@@ -66,6 +69,8 @@ def attach(
             prompts=prompts,
             limit=limit,
             judge=judge,
+            ability=ability,
+            ability_limit=ability_limit,
             max_new_tokens=max_new_tokens,
             batch_size=batch_size,
         )

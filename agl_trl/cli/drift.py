@@ -27,6 +27,7 @@ from ..artifacts.files import (
     write_atomically,
 )
 from ..artifacts.location import adapter_folder, shown_name
+from ..data.abilities import load_abilities
 from ..data.alignment import driftcaps_requests
 from ..data.labels import unsafe_column
 from ..data.prompts import load_prompts
@@ -37,8 +38,9 @@ from ..drift.html import write_page
 from ..drift.junit import write_junit
 from ..drift.plots import plot_drift
 from ..drift.report import DriftReport
-from ..drift.thresholds import Condition, check_measurable
+from ..drift.thresholds import Condition, check_measurable, on_sets
 from ..drift.verdict import Outcome
+from ..evaluation.abilities import measure_abilities
 from ..evaluation.answer_cache import AnswerCache
 from ..evaluation.behaviour import measure_behaviour
 from ..evaluation.judges import load_judge
@@ -50,6 +52,7 @@ from ..modeling.own_tokenizer import difference, own_tokenizer
 
 
 ANSWERS_FILE = "answers.jsonl"
+ABILITIES_FILE = "abilities.jsonl"
 
 
 def drift(
@@ -62,6 +65,9 @@ def drift(
     prompts: str | None,
     limit: int | None,
     judge: str,
+    suite: str | None = None,
+    ability: Sequence[str] = (),
+    ability_limit: int | None = None,
     fail_if: Sequence[str] = (),
     sequential: bool = False,
     html: Path | None = None,
@@ -91,6 +97,12 @@ def drift(
             Number of prompts asked.
         judge (`str`):
             Judge of the answers, as [`load_judge`] takes it.
+        suite (`str`, *optional*):
+            `"abilities"` for the suite of public ability sets.
+        ability (`Sequence[str]`, *optional*):
+            Ability sets, as [`load_ability`] takes them.
+        ability_limit (`int`, *optional*):
+            Most rows of every ability set.
         fail_if (`Sequence[str]`, *optional*):
             Conditions of which none may hold.
         sequential (`bool`, *optional*, defaults to `False`):
@@ -128,9 +140,10 @@ def drift(
     questions = None if prompts is None else load_prompts(prompts, limit)
     unsafe = None if questions is None else unsafe_column(questions)
     check_measurable(conditions, unsafe)
-    if unsafe is not None:
-        for sentence in hopeless(conditions, unsafe):
-            typer.echo(f"Note: {sentence}")
+    sets = load_abilities(ability, suite=suite is not None, limit=ability_limit)
+    conditions = on_sets(conditions, {one.name: one.kind == "text" for one in sets})
+    for sentence in hopeless(conditions, unsafe, {one.name: len(one.rows) for one in sets}):
+        typer.echo(f"Note: {sentence}")
     folder = None if adapter is None else adapter_folder(adapter)
     statistics = _given_statistics(fisher, folder)
     if folder is not None:
@@ -151,12 +164,16 @@ def drift(
         statistics = _own_statistics(base_model or model, tokenizer)
 
     measured = _measured(model, base_model, statistics)
-    if questions is None and measured.without_weights is not None and not measured.uncovered:
+    if questions is None and not sets and measured.without_weights is not None and not measured.uncovered:
         raise ValueError(f"There is nothing to measure without `--prompts`, since {measured.without_weights}.")
     measured.adapter_sha256 = None if folder is None else sha256(folder / ADAPTER_FILE)
     settings = json.dumps([base, measured.adapter_sha256 or tuned, max_new_tokens])
     # Answers of this very adapter under these settings, where asking was interrupted; gone when the report is there.
     unfinished = output_dir / f"unfinished-{hashlib.sha256(settings.encode()).hexdigest()[:12]}.jsonl"
+    store = AnswerCache(unfinished, settings)
+    measured.abilities = measure_abilities(
+        model, tokenizer, sets, base=base_model, store=store, max_new_tokens=max_new_tokens, batch_size=batch_size
+    )
     if questions is not None:
         measured.behaviour = measure_behaviour(
             model,
@@ -164,7 +181,7 @@ def drift(
             questions,
             base=base_model,
             judge=asked,
-            store=AnswerCache(unfinished, settings),
+            store=store,
             max_new_tokens=max_new_tokens,
             batch_size=batch_size,
             certain=partial(certain_already, measured, conditions, unsafe)
@@ -178,7 +195,10 @@ def drift(
     if measured.behaviour is not None:
         lines = [json.dumps(entry, ensure_ascii=False) + "\n" for entry in measured.behaviour.answers]
         write_atomically(output_dir / ANSWERS_FILE, "".join(lines).encode())
-        unfinished.unlink(missing_ok=True)
+    if rows := [row for one in measured.abilities for row in one.answers]:
+        lines = [json.dumps(row, ensure_ascii=False) + "\n" for row in rows]
+        write_atomically(output_dir / ABILITIES_FILE, "".join(lines).encode())
+    unfinished.unlink(missing_ok=True)
     measured.save_pretrained(output_dir)
     plot_drift(measured, output_dir / FOLDER / PICTURE_FILE)
     typer.echo(measured.summary())
@@ -198,6 +218,9 @@ def drift(
                 prompts=prompts,
                 limit=limit,
                 judge=judge,
+                suite=suite,
+                ability=ability,
+                ability_limit=ability_limit,
                 max_new_tokens=max_new_tokens,
                 batch_size=batch_size,
                 fail_if=conditions,
@@ -222,8 +245,8 @@ def _command(**options: Any) -> str:
         option = f"--{name.replace('_', '-')}"
         if value is True:
             words.append(option)
-        elif name == "fail_if":
-            words += [word for condition in value for word in (option, str(condition))]
+        elif name in ("fail_if", "ability"):
+            words += [word for one in value for word in (option, shown_name(str(one)))]
         elif value is not None and value is not False:
             words += [option, shown_name(value) if isinstance(value, str) else str(value)]
     return shlex.join([*words, "--output-dir", "report"])

@@ -59,6 +59,25 @@ def load_rows(name: str, split: str = "train", config: str | None = None) -> Dat
     return rows
 
 
+def read_text(name: str) -> str:
+    """
+    All of a `.txt` file, as one text.
+
+    Raises:
+        `ValueError`: If it can't be read, or holds nothing.
+    """
+    try:
+        path = Path(name)
+        if not path.is_file():
+            raise FileNotFoundError("there is no such file")
+        text = path.read_text(encoding=_encoding(path))
+    except (OSError, ValueError) as error:
+        raise ValueError(f"Can't read a text from '{name}': {read_failure(error)}.") from error
+    if not text.strip():
+        raise ValueError(f"Can't read a text from '{name}': it is empty.")
+    return text
+
+
 def _read(path: Path) -> Dataset:
     reader = READERS.get(path.suffix.lower())
     if reader is None:

@@ -107,13 +107,13 @@ def load_prompts(name: str, limit: int | None = None) -> Dataset:
     if limit is not None and limit < 1:
         raise ValueError(f"`limit` must be positive, not {limit}.")
     if name in SETS:
-        return spread(map_rows(_from_hub(SETS[name]), SETS[name]), limit)
+        return spread(map_rows(from_hub(SETS[name]), SETS[name]), limit)
     if name == MINIWORLD:
         rows, licence = heldout_prompts(), "apache-2.0"
     elif name == "driftcaps":
         rows, licence = load_driftcaps("test"), "cc-by-4.0"
     else:
-        rows = load_rows(name) if is_file(name) else _from_hub(PromptSet(name, "", "", split=""))
+        rows = load_rows(name) if is_file(name) else from_hub(PromptSet(name, "", "", split=""))
         licence = rows.info.license or ""
     return spread(map_rows(rows, _guess(name, rows, licence)), limit)
 
@@ -162,7 +162,13 @@ def map_rows(rows: Dataset, spec: PromptSet) -> Dataset:
     return dataset if all(dataset["completion"]) else dataset.remove_columns("completion")
 
 
-def _from_hub(spec: PromptSet) -> Dataset:
+def from_hub(spec: PromptSet) -> Dataset:
+    """
+    Rows of a source on the Hub, as they are there; without a split those of `test`, else `train`, else the first.
+
+    Raises:
+        `ValueError`: If they can't be reached or read.
+    """
     splits = spec.split.split("+")
     try:
         if not spec.split:

@@ -9,8 +9,21 @@ from torch import Tensor
 
 from ..evaluation.behaviour import Behaviour
 from ..evaluation.changes import LEVEL, Change, PairedRates
+from .abilities import ability_changes, is_of_ability, not_told
 from .report import DriftReport
-from .thresholds import MEANS, OF_WEIGHTS, RATES, Condition, change, figures, of_weights, paired_rates
+from .thresholds import (
+    MEANS,
+    OF_WEIGHTS,
+    RATES,
+    Condition,
+    change,
+    counted,
+    figures,
+    of_weights,
+    on_sets,
+    paired_rates,
+    unit,
+)
 from .verdict import GateVerdict, Outcome, RuleResult, Slice
 
 
@@ -40,8 +53,9 @@ def judge(report: DriftReport, conditions: Sequence[Condition]) -> GateVerdict:
     Raises:
         `ValueError`: If the report has no such figure.
     """
-    answers, conditions = report.behaviour, [*dict.fromkeys(conditions)]
-    measured: dict[str, Change | float] = {**of_weights(report)}
+    answers = report.behaviour
+    conditions = on_sets(conditions, {one.name: one.is_text for one in report.abilities})
+    measured: dict[str, Change | float] = {**of_weights(report), **ability_changes(report.abilities)}
     for figure in (*RATES, *MEANS):
         found = None if answers is None else change(answers, figure)
         if found is not None:
@@ -62,7 +76,9 @@ def judge(report: DriftReport, conditions: Sequence[Condition]) -> GateVerdict:
 
 
 def _not_covered(condition: Condition, report: DriftReport) -> str | None:
-    """A sentence where a figure of the weights is not there, or is not of all that changed."""
+    """A sentence where a figure of the weights is not there, or is not of all that changed, or one of a set not of all its rows."""
+    if is_of_ability(condition.figure):
+        return not_told(condition.figure, report.abilities)
     if condition.figure not in OF_WEIGHTS:
         return None
     if not report.layers:
@@ -136,10 +152,9 @@ def _sampled(
     figure, comparison, limit = condition
     fails, passes = tests
     low, high = found.interval()
-    kind = "unsafe" if (RATES | MEANS)[figure] else "safe"
     span = "" if isinf(low) or isinf(high) else f"90 % interval {low:.3g} to {high:.3g}, "
     value = "unknown" if isnan(found.value) else f"{found.value:.3g}"
-    told = f"{figure} is {value} ({span}{found.asked} {kind} prompts)"
+    told = f"{figure} is {value} ({span}{counted(figure, found.asked)})"
     several = f", {corrected:.2g} corrected for {count} rules" if count > 1 else ""
     if low == high:  # the same on every prompt
         return _exact(condition, found.value)
@@ -160,11 +175,11 @@ def _power(condition: Condition, found: Change, level: float) -> str:
     above = ">" in condition.comparison
     shown = found.shown_above(condition.limit, level) if above else found.shown_below(condition.limit, level)
     if shown is None:
-        sentence = "So few prompts could have shown no change at all at 80 % power."
+        sentence = f"So few {unit(condition.figure)} could have shown no change at all at 80 % power."
     else:
-        sentence = f"These prompts could have shown {shown:.2g} or {'more' if above else 'less'} at 80 % power."
+        sentence = f"These {unit(condition.figure)} could have shown {shown:.2g} or {'more' if above else 'less'} at 80 % power."
     if isinstance(found, PairedRates) and (needed := prompts_to_pass(condition)) is not None and needed > found.total:
-        sentence += f" It takes at least {needed} prompts to pass."
+        sentence += f" It takes at least {needed} {unit(condition.figure)} to pass."
     return sentence
 
 
@@ -184,27 +199,35 @@ def prompts_to_pass(condition: Condition) -> int | None:
     return needed
 
 
-def hopeless(conditions: Sequence[Condition], unsafe: Tensor) -> list[str]:
+def hopeless(
+    conditions: Sequence[Condition], unsafe: Tensor | None, rows: Mapping[str, int] | None = None
+) -> list[str]:
     """
-    A sentence for every rule on a rate that can't pass on so few prompts, even if no answer changes.
+    A sentence for every rule on a rate that can't pass on so few prompts or rows, even if no answer changes.
 
     Args:
         conditions (`Sequence[Condition]`):
             Rules.
-        unsafe (`Tensor`):
-            Boolean, of shape `(prompts,)`.
+        unsafe (`Tensor`, *optional*):
+            Boolean, of shape `(prompts,)`; `None` where no prompts are asked.
+        rows (`Mapping[str, int]`, *optional*):
+            Number of rows of every set with right answers, by its name.
     """
     sentences = []
     for condition in conditions:
-        if condition.figure not in RATES:
+        if condition.figure in RATES and unsafe is not None:
+            count = int((unsafe == RATES[condition.figure]).sum())
+        elif condition.figure.startswith("ability_drop:") and rows is not None:
+            count = rows[condition.figure.partition(":")[2]]
+        else:
             continue
-        kind, needed = RATES[condition.figure], prompts_to_pass(condition)
-        there = f"'{condition}' can't pass on {int((unsafe == kind).sum())} {'unsafe' if kind else 'safe'} prompts"
+        needed = prompts_to_pass(condition)
+        there = f"'{condition}' can't pass on {counted(condition.figure, count)}"
         if needed is None:
             sentences.append(
                 f"{there}, nor on any number, where no answer changes: name the change that you would mind."
             )
-        elif needed > (unsafe == kind).sum():
+        elif needed > count:
             sentences.append(f"{there}, even if no answer changes: it takes {needed}.")
     return sentences
 
@@ -226,9 +249,9 @@ def certain_already(
 
     Args:
         report ([`DriftReport`]):
-            Report of the weights.
+            Report of the weights and of abilities.
         conditions (`Sequence[Condition]`):
-            Rules.
+            Rules, as [`on_sets`] gives them.
         unsafe, refused_base, refused_tuned, asked (`Tensor`):
             As in [`paired_rates`].
     """
@@ -239,12 +262,14 @@ def certain_already(
     sides = (unsafe, refused_base, refused_tuned, asked)
     tests = [_tests(c, paired_rates(c.figure, *sides)) for c in conditions if c.figure in RATES]
     tests += [(1.0, 1.0) for c in conditions if c.figure in MEANS]
+    abilities = ability_changes(report.abilities)
+    tests += [_tests(c, abilities[c.figure]) for c in conditions if c.figure in abilities]
     return any(p <= LEVEL for p in holm([fails for fails, _ in tests])) or all(passes <= LEVEL for _, passes in tests)
 
 
 def _slices(condition: Condition, answers: Behaviour) -> list[Slice]:
     """Categories under a rule, the most significant first."""
-    if condition.figure in OF_WEIGHTS:
+    if condition.figure in OF_WEIGHTS or is_of_ability(condition.figure):
         return []
     unsafe = (RATES | MEANS)[condition.figure]
     found = {

@@ -90,6 +90,7 @@ def write_page(
         refusals=[] if answers is None else refusals(answers),
         map=layer_map(report) if report.layers else None,
         distributions=[] if answers is None else distributions(answers),
+        abilities=[one for one in report.abilities if one.total],
         not_measured=not_measured(report),
         protected=[] if (kept := report.metadata.get("protected")) is None else protected_lines(kept),
         command=command,
@@ -134,6 +135,12 @@ def what_changed(report: DriftReport) -> str:
         sentences.append(
             f"Its weights moved by a relative drift of {report.mean_relative_drift:.2e}, most of all in {farthest}."
         )
+    for one in report.abilities:
+        if one.total and not one.is_text:
+            before, after = (one.rate(tuned) for tuned in (False, True))
+            sentences.append(
+                f"It is right on {_percent(after.value)} of {one.name}; the base model on {_percent(before.value)}."
+            )
     return " ".join(sentences)
 
 
@@ -158,6 +165,13 @@ def not_measured(report: DriftReport) -> list[str]:
     if report.uncovered:
         names = ", ".join(sorted(report.uncovered)[:5]) + (", …" if len(report.uncovered) > 5 else "")
         sentences.append(f"{len(report.uncovered)} changed tensors are in no figure of the weights: {names}.")
+    if not report.abilities:
+        sentences.append("What else it can do: no ability set was measured.")
+    sentences += [
+        f"{one.unmeasured} of {one.total + one.unmeasured} rows of {one.name}: their likelihood is no finite number."
+        for one in report.abilities
+        if one.unmeasured
+    ]
     if answers is None:
         return [*sentences, "Answers: no prompts were asked, so nothing is known of refusals."]
     for unsafe, kind in ((True, "unsafe"), (False, "safe")):
@@ -211,6 +225,15 @@ def facts(report: DriftReport) -> list[tuple[str, str]]:
             ("tokenizer", told.get("tokenizer_set_aside")),
             ("seeds", "0 of the bootstrap, 0 of the order of asking; decoding is greedy and needs none"),
         ]
+    for one in report.abilities:
+        told = one.metadata
+        parts = (
+            told.get("source"),
+            told.get("license"),
+            told.get("scoring"),
+            f"SHA-256 {told.get('rows_sha256', '')[:16]}",
+        )
+        found.append((f"ability set {one.name}", " · ".join(part for part in parts if part)))
     return [(name, str(value)) for name, value in found if value]
 
 

@@ -15,15 +15,16 @@ from ..artifacts.files import ADAPTER_FILE, DRIFT_FILE, FOLDER, PICTURE_FILE, Ar
 from ..artifacts.location import find_artifact
 from ..artifacts.schema import read_artifact
 from ..artifacts.upload import PushError, PushToHubMixin
+from ..evaluation.abilities import Ability
 from ..evaluation.behaviour import Behaviour
-from ..evaluation.summary import behaviour_lines
+from ..evaluation.summary import ability_lines, behaviour_lines
 from ..fisher.statistics import FisherStatistics, describe_base
 from ..modeling.lora import AdaptedLayer, active_adapter, with_factors
 from ..modeling.tuned_layers import no_weights
 from .by_layer import LayerDrifts, adapter_drifts, checkpoint_drifts, factored_drifts
 from .parts import mean_of_moved
 from .protected import protected_lines
-from .schema import PER_LAYER, PER_PROMPT, check_drift
+from .schema import PER_LAYER, PER_PROMPT, ability_tensors, check_drift
 
 
 FISHER_ENERGY = 0.9  # share of the trace of 𝓕 that spans the alignment-critical subspace
@@ -57,6 +58,8 @@ class DriftReport(PushToHubMixin):
             SHA-256 of the `adapter_model.safetensors` this report is about.
         metadata (`dict`):
             Base model, coefficients, statistics used, tensors that changed and are no part of the drift: JSON-serialisable.
+        abilities (`list[Ability]`):
+            What both models can do, set by set, where sets were measured.
     """
 
     layers: list[str]
@@ -70,6 +73,7 @@ class DriftReport(PushToHubMixin):
     budget_multiplier: float | None = None
     adapter_sha256: str | None = None
     metadata: dict[str, Any] = field(default_factory=dict)
+    abilities: list[Ability] = field(default_factory=list)
 
     _told_by: ClassVar[tuple[str, ...]] = (PICTURE_FILE,)
 
@@ -207,6 +211,7 @@ class DriftReport(PushToHubMixin):
             lines += protected_lines(protected)
         if self.behaviour is not None:
             lines += behaviour_lines(self.behaviour)
+        lines += ability_lines(self.abilities)
         return "\n".join(lines)
 
     def save_pretrained(self, save_directory: str | PathLike) -> Path:
@@ -234,6 +239,10 @@ class DriftReport(PushToHubMixin):
         if self.behaviour is not None:
             tensors |= {name: getattr(self.behaviour, name) for name in PER_PROMPT}
             metadata["behaviour"] = {"categories": self.behaviour.categories, **self.behaviour.metadata}
+        if self.abilities:
+            named = [(one, ability_tensors(one.name, one.kind)) for one in self.abilities]
+            tensors |= {name: getattr(one, field) for one, names in named for name, field in names.items()}
+            metadata["abilities"] = [{"name": one.name, "kind": one.kind, **one.metadata} for one in self.abilities]
         save_tensors(path, tensors, metadata)
         return path
 
@@ -271,6 +280,11 @@ class DriftReport(PushToHubMixin):
         if described is not None:
             values: dict[str, Any] = {name: tensors[name] for name in PER_PROMPT}
             behaviour = Behaviour(described.pop("categories"), **values, metadata=described)
+        abilities = []
+        for one in metadata.pop("abilities", []):
+            name, kind = one.pop("name"), one.pop("kind")
+            found: dict[str, Any] = {field: tensors[tensor] for tensor, field in ability_tensors(name, kind).items()}
+            abilities.append(Ability(name, kind, **found, metadata=one))
         layers = metadata.pop("layers")
         return cls(
             layers=layers,
@@ -281,6 +295,7 @@ class DriftReport(PushToHubMixin):
             budget_multiplier=metadata.pop("budget_multiplier"),
             adapter_sha256=metadata.pop("adapter_sha256"),
             metadata=metadata,
+            abilities=abilities,
         )
 
     def check_describes(self, adapter: str | PathLike) -> None:

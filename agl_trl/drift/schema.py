@@ -21,6 +21,8 @@ from ..artifacts.schema import (
     check_tensor_names,
     short_repr,
 )
+from ..data.abilities import NAME as ABILITY_NAME
+from ..data.abilities import AbilityKind
 from ..objective.alignguard import TaskMetric, TaskSubspace
 
 
@@ -102,6 +104,20 @@ class BehaviourMetadata(Metadata):
     unasked: Unasked | None = None
 
 
+class AbilityMetadata(Metadata):
+    """A set of what both models can do, and how it was measured."""
+
+    name: str
+    kind: AbilityKind
+    source: str = ""
+    license: str = ""
+    rows: Count = 0
+    rows_of_set: Count = 0
+    unmeasured: Count = 0
+    scoring: str = ""
+    rows_sha256: str = ""
+
+
 class CoefficientsUsed(Metadata):
     """What was switched on in the run; early reports lack some of it."""
 
@@ -171,6 +187,7 @@ class DriftMetadata(Metadata):
     projected: ProjectionUsed | None = None
     protected: ProtectedUsed | None = None
     behaviour: BehaviourMetadata | None = None
+    abilities: list[AbilityMetadata] = Field(default_factory=list)
 
 
 PER_LAYER = ("relative_drift", "alignment_energy", "task_energy", "overlap")
@@ -213,7 +230,8 @@ def check_drift(tensors: dict[str, Tensor], metadata: dict[str, Any]) -> None:
     behaviour = metadata.get("behaviour")
     history = {name for name in tensors if name.startswith("history.")}
     per_layer = PER_LAYER if layers else ()
-    check_tensor_names(tensors, {*per_layer, *history, *(PER_PROMPT if behaviour is not None else ())})
+    of_abilities = _check_abilities(tensors, metadata.get("abilities", []))
+    check_tensor_names(tensors, {*per_layer, *history, *of_abilities, *(PER_PROMPT if behaviour is not None else ())})
     for name in per_layer:
         check_numbers(tensors[name], name, (len(layers),), least=-NEGATIVE_TOLERANCE)
     if history:
@@ -230,6 +248,35 @@ def check_drift(tensors: dict[str, Tensor], metadata: dict[str, Any]) -> None:
         _check_alike("hidden states", {name: tensors[name] for name in HIDDEN_FIGURES}, None)
         if tensors[HIDDEN_FIGURES[0]].numel() == 0:
             raise ArtifactError(f"'{HIDDEN_FIGURES[0]}' is empty")
+
+
+def ability_tensors(name: str, kind: str) -> dict[str, str]:
+    """Tensors of a set in the file, each with the name of what it is in an [`Ability`]."""
+    fields = ("base", "tuned", *(("raw_base", "raw_tuned") if kind == "multiple choice" else ()))
+    return {f"ability.{name}.{field}": field for field in fields}
+
+
+def _check_abilities(tensors: dict[str, Tensor], abilities: list[dict[str, Any]]) -> set[str]:
+    """Sets with different plain names, whose tensors are of one length and, of texts, finite; the names of their tensors."""
+    found: set[str] = set()
+    for one in abilities:
+        if not ABILITY_NAME.fullmatch(one["name"]):
+            raise ArtifactError(f"{short_repr(one['name'])} is no name of an ability set")
+        names = {*ability_tensors(one["name"], one["kind"])}
+        if names & found:
+            raise ArtifactError(f"the ability set {short_repr(one['name'])} is there twice")
+        if missing := names - {*tensors}:
+            raise ArtifactError(f"tensor {short_repr(min(missing))} is missing")
+        found |= names
+        count = tensors[min(names)].numel()
+        if count == 0 and not one.get("unmeasured"):
+            raise ArtifactError(f"the ability set {short_repr(one['name'])} is of no row")
+        for name in sorted(names):
+            if one["kind"] == "text":
+                check_numbers(tensors[name], name, (count,), least=-NEGATIVE_TOLERANCE)
+            elif tensors[name].dtype != torch.bool or tensors[name].shape != (count,):
+                raise ArtifactError(f"'{name}' is {tensors[name].dtype} of shape {short_repr([*tensors[name].shape])}")
+    return found
 
 
 def _check_alike(what: str, tensors: dict[str, Tensor], count: int | None) -> None:

@@ -1,7 +1,7 @@
 """Conditions on a drift report, for a pipeline that must stop when a model has lost too much."""
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 import torch
@@ -9,6 +9,7 @@ from torch import Tensor
 
 from ..evaluation.behaviour import Behaviour
 from ..evaluation.changes import Change, PairedMeans, PairedRates
+from .abilities import ABILITIES, ability_changes, figures_meant, is_of_ability
 from .report import DriftReport
 
 
@@ -17,7 +18,7 @@ RATES = {"refusal_drop": True, "over_refusal_rise": False}  # and whether of uns
 MEANS = {
     f"{what}_{kind}": kind == "unsafe" for what in ("kl", "nll_rise", "margin_drop") for kind in ("unsafe", "safe")
 }
-FIGURES = (*OF_WEIGHTS, *RATES, *MEANS)
+FIGURES = (*OF_WEIGHTS, *RATES, *MEANS, *ABILITIES)
 
 
 class Condition(NamedTuple):
@@ -26,7 +27,7 @@ class Condition(NamedTuple):
 
     Args:
         figure (`str`):
-            One of [`FIGURES`].
+            One of [`FIGURES`]; of abilities also with the name of a set, as `ability_drop:mmlu`.
         comparison (`str`):
             `>`, `>=`, `<` or `<=`.
         limit (`float`):
@@ -48,10 +49,12 @@ class Condition(NamedTuple):
         Raises:
             `ValueError`: If it is not of that form, or names no figure.
         """
-        match = re.fullmatch(r"\s*(\w+)\s*(>=|<=|>|<)\s*([-+]?(?:\d+\.?\d*|\.\d+)(?:[eE][-+]?\d+)?)\s*", text)
+        match = re.fullmatch(
+            r"\s*(\w+(?::[\w.-]+)?)\s*(>=|<=|>|<)\s*([-+]?(?:\d+\.?\d*|\.\d+)(?:[eE][-+]?\d+)?)\s*", text
+        )
         if match is None:
             raise ValueError(f"'{text}' is no condition: write it like 'refusal_drop>0.05'.")
-        if match[1] not in FIGURES:
+        if match[1] not in FIGURES and not is_of_ability(match[1]):
             raise ValueError(f"There is no figure '{match[1]}' to set a limit on; there are {', '.join(FIGURES)}.")
         return cls(match[1], match[2], float(match[3]))
 
@@ -75,6 +78,46 @@ def check_measurable(conditions: Sequence[Condition], unsafe: Tensor | None) -> 
             word = "unsafe" if kind else "safe"
             missing = "name some as `--prompts`" if unsafe is None else f"these are all {'safe' if kind else 'unsafe'}"
             raise ValueError(f"'{condition}' needs {word} prompts: {missing}.")
+
+
+def on_sets(conditions: Sequence[Condition], sets: Mapping[str, bool]) -> list[Condition]:
+    """
+    Conditions as they are judged: one on abilities that names no set is one on every set of its kind.
+
+    Args:
+        conditions (`Sequence[Condition]`):
+            Conditions.
+        sets (`Mapping[str, bool]`):
+            Names of the ability sets, and whether each is of texts.
+
+    Raises:
+        `ValueError`: If one is on a set that there is not.
+    """
+    found = []
+    for condition in conditions:
+        if not is_of_ability(condition.figure):
+            found.append(condition)
+            continue
+        try:
+            figures = figures_meant(condition.figure, sets)
+        except ValueError as error:
+            raise ValueError(f"'{condition}' {error}.") from error
+        found += [condition._replace(figure=figure) for figure in figures]
+    return [*dict.fromkeys(found)]
+
+
+def counted(figure: str, count: int) -> str:
+    """What a figure is a sample of, such as `40 unsafe prompts`."""
+    if is_of_ability(figure):
+        return f"{count} {unit(figure)}"
+    return f"{count} {'unsafe' if (RATES | MEANS)[figure] else 'safe'} prompts"
+
+
+def unit(figure: str) -> str:
+    """What a figure is a sample of: prompts, rows, or pieces of texts."""
+    if not is_of_ability(figure):
+        return "prompts"
+    return "pieces of text" if ABILITIES[figure.partition(":")[0]] else "rows"
 
 
 def of_weights(report: DriftReport) -> dict[str, float]:
@@ -138,11 +181,14 @@ def change(answers: Behaviour, figure: str, category: str | None = None) -> Chan
 
 
 def figures(report: DriftReport) -> dict[str, float]:
-    """Figures a condition can name: of the weights where they have a drift, of the answers where prompts were asked."""
+    """
+    Figures a condition can name: of the weights where they have a drift, of the answers where prompts were asked, of every
+    ability that was measured.
+    """
     values = of_weights(report)
     if report.behaviour is not None:
         for figure in (*RATES, *MEANS):
             measured = change(report.behaviour, figure)
             if measured is not None:
                 values[figure] = measured.value
-    return values
+    return values | {figure: found.value for figure, found in ability_changes(report.abilities).items()}

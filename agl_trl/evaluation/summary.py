@@ -1,7 +1,9 @@
 """What base and tuned model did, in a few readable lines."""
 
-from math import isnan
+from collections.abc import Sequence
+from math import isinf, isnan
 
+from .abilities import Ability
 from .behaviour import Behaviour
 from .verdict_counts import verdict_notes
 
@@ -33,4 +35,32 @@ def behaviour_lines(behaviour: Behaviour) -> list[str]:
     lines.append(
         f"hidden states         moved most after layer {deepest}: 1 - cos {behaviour.hidden_drift[deepest].item():.3f}"
     )
+    return lines
+
+
+def ability_lines(abilities: Sequence[Ability]) -> list[str]:
+    """A line for every set: right answers before and after with interval and paired test, or likelihoods and their rise."""
+    lines = []
+    for one in abilities:
+        missing = f"; {one.unmeasured} rows have no finite likelihood" if one.unmeasured else ""
+        if not one.total:
+            lines.append(f"{one.name:<21} not measured{missing}")
+        elif one.is_text:
+            low, high = one.change.interval()
+            span = "" if isinf(low) else f" (90 % interval {low:+.3f} to {high:+.3f}, {one.total} pieces of text)"
+            lines.append(
+                f"{one.name:<21} NLL {one.mean_nll(False):.3f} before, {one.mean_nll(True):.3f} after: "
+                f"{one.change.value:+.3f} nats per token{span}{missing}"
+            )
+        else:
+            base, tuned = (one.rate(side) for side in (False, True))
+            low, high = tuned.interval
+            raw = ""
+            if one.raw_base is not None:
+                before, after = (one.rate(side, raw=True) for side in (False, True))
+                raw = f"; by likelihood without its length {before.value:.1%} and {after.value:.1%}"
+            lines.append(
+                f"{one.name:<21} {base.value:.1%} right before, {tuned.value:.1%} after (95 % interval {low:.1%} to {high:.1%}, "
+                f"{one.total} rows, {one.lost} lost, {one.won} won, paired p {one.paired_p_value:.2g}){raw}{missing}"
+            )
     return lines

@@ -15,6 +15,7 @@ from ..artifacts.files import TAG, write_atomically
 from ..artifacts.location import hub_id
 from ..data.prompts import SETS
 from ..drift.report import DriftReport
+from ..evaluation.abilities import Ability
 from ..evaluation.behaviour import Behaviour
 from ..fisher.statistics import FisherStatistics
 
@@ -179,11 +180,28 @@ def eval_results(report: DriftReport) -> list[EvalResult]:
         if not isnan(kl):
             found.append(("kl_divergence", f"KL to the {reference}, nats per token", round(kl, 4)))
         entries.append((prompts, found))
+    for one in report.abilities:
+        if one.total:
+            set_of = {"dataset_type": one.metadata.get("source") or one.name, "dataset_name": one.name}
+            set_of["dataset_args"] = {"num_rows": one.total, "sha256": one.metadata.get("rows_sha256")}
+            entries.append((set_of, _of_ability(one, _reference(report))))
     return [
         EvalResult(**common, **dataset, metric_type=metric, metric_name=label, metric_value=value)
         for dataset, values in entries
         for metric, label, value in values
     ]
+
+
+def _of_ability(one: Ability, reference: str) -> list[tuple[str, str, float]]:
+    sides = ((False, reference), (True, "this adapter"))
+    if one.is_text:
+        return [("nll", f"NLL per token, {which}, nats", round(one.mean_nll(tuned), 4)) for tuned, which in sides]
+    metric, label = (
+        ("acc_norm", "Accuracy by likelihood per character")
+        if one.kind == "multiple choice"
+        else ("exact_match", "Exact match")
+    )
+    return [(metric, f"{label}, {which}", round(one.rate(tuned).value, 4)) for tuned, which in sides]
 
 
 def _reference(report: DriftReport) -> str:

@@ -121,6 +121,7 @@ def render_evidence(
         references_published=references_published,
         report=report,
         behaviour=behaviour,
+        abilities=report.abilities,
         budget=settings.get("drift_budget"),
         kl_budget=settings.get("kl_budget"),
         continued=bool(report.metadata.get("continued")),

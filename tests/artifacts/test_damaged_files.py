@@ -18,6 +18,7 @@ from agl_trl import DriftReport, FisherStatistics, estimate_fisher
 from agl_trl.artifacts.files import ArtifactError, canonical_json, load_tensors
 from agl_trl.data.alignment import tokenize_rows
 from agl_trl.drift.plots import plot_drift
+from agl_trl.evaluation.abilities import Ability
 from agl_trl.evaluation.behaviour import Behaviour
 from agl_trl.fisher.calibration import drift_at, is_calibrated
 from agl_trl.fisher.reference_answers import ReferenceAnswers
@@ -64,6 +65,11 @@ def drift(tokenizer, alignment_rows, folder) -> Good:
     answers = [t.clone() for t in (*[flags] * 3, *[figures] * 5, *[states] * 2)]
     report.behaviour = Behaviour(["a", "b", "c"], *answers, metadata=judge)
     kept = {"budget": 0.02, "kl": 0.015, "kl_first_tokens": 0.03, "rows": 8, "kinds": {"refuse": 0.01, "comply": 0.02}}
+    scores = [torch.tensor([True, False]) for _ in range(4)]
+    report.abilities = [
+        Ability("arc_easy", "multiple choice", *scores, metadata={"source": "allenai/ai2_arc", "rows": 2}),
+        Ability("notes", "text", torch.rand(3).double(), torch.rand(3).double(), metadata={"unmeasured": 1}),
+    ]
     report.metadata["protected"] = {"behaviours": {"alignment": kept}, "scale": 0.9}
     report.metadata |= {"continued": False, "coefficients": {"variant": "kfac", "alignment": 0.25}}
     return good_file(report.save_pretrained(folder / "good"), DriftReport.from_pretrained, folder)

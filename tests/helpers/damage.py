@@ -276,6 +276,25 @@ DRIFT_ONLY: dict[str, Damage] = {
     **outliers("relative_drift", negative=-1.0),
     **outliers("energy", negative=-1.0),
     **outliers("overlap"),
+    **outliers("ability.notes", negative=-1.0),
+    "flags of abilities": lambda good, draw: good.written(
+        good.tensors
+        | {"ability.arc_easy.raw_base": draw.choice([torch.rand(2), torch.ones(3).bool(), torch.ones(2, 1).bool()])},
+        good.metadata,
+    ),
+    "no flags of abilities": lambda good, draw: good.written(
+        without(good.tensors, draw.choice(["ability.arc_easy.base", "ability.arc_easy.raw_tuned"])), good.metadata
+    ),
+    "no abilities": lambda good, draw: good.written(good.tensors, without(good.metadata, "abilities")),
+    "ability twice": lambda good, draw: good.written(
+        good.tensors,
+        good.metadata | {"abilities": [*good.metadata["abilities"], draw.choice(good.metadata["abilities"])]},
+    ),
+    "ability of nobody": lambda good, draw: good.written(
+        good.tensors,
+        good.metadata
+        | {"abilities": [*good.metadata["abilities"], {"name": draw.choice(["x", "../x", ""]), "kind": "text"}]},
+    ),
     "extra tensor": lambda good, draw: good.written({**good.tensors, "more": torch.rand(2)}, good.metadata),
     "fisher inside": lambda good, draw: good.written(good.tensors, good.metadata | {"kind": "fisher"}),
     "layer twice": lambda good, draw: good.written(

@@ -3,6 +3,7 @@
 import torch
 
 from agl_trl.drift.report import DriftReport
+from agl_trl.evaluation.abilities import Ability
 from agl_trl.evaluation.behaviour import Behaviour
 
 
@@ -26,6 +27,32 @@ def behaviour_by_hand() -> Behaviour:
         direction_cosine=torch.tensor([1.0, 0.75, 0.5]),
         metadata={"judge": {"name": "refusal-strings", "version": "2"}, "decoding": "greedy", "kl_tokens": 8},
     )
+
+
+def abilities_by_hand() -> list[Ability]:
+    """Of 100 questions 80 are answered right, and after tuning 12 of these and one other; texts cost a little more."""
+    before = torch.arange(100) < 80
+    after = before & (torch.arange(100) >= 12) | (torch.arange(100) == 99)
+    nll = torch.linspace(1, 3, 40, dtype=torch.float64)
+    rise = 0.1 + torch.linspace(-0.05, 0.05, 40, dtype=torch.float64)
+    told = {
+        "source": "allenai/ai2_arc",
+        "license": "cc-by-sa-4.0",
+        "rows": 100,
+        "rows_of_set": 1172,
+        "scoring": "likelihood",
+    }
+    return [
+        Ability("arc_challenge", "multiple choice", before, after, ~before, ~after, metadata=told),
+        Ability(
+            "my-facts",
+            "exact match",
+            before.clone(),
+            before.clone(),
+            metadata={"source": "my-facts.jsonl", "rows": 100},
+        ),
+        Ability("notes", "text", nll, nll + rise, metadata={"source": "notes.txt", "rows": 1}),
+    ]
 
 
 def report_by_hand(behaviour: Behaviour | None = None) -> DriftReport:
