@@ -4,7 +4,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate.logging import get_logger
 from accelerate.state import AcceleratorState
 from peft import PeftModel
 from torch import Tensor
@@ -12,38 +11,17 @@ from transformers import PreTrainedTokenizerBase, TrainerCallback, TrainerContro
 from transformers.trainer_callback import CallbackHandler
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, HubStrategy
 
-from ..artifacts.files import TAG, ArtifactError
-from ..data.alignment import driftcaps_requests
 from ..drift.report import DriftReport
-from ..fisher.calibration import calibrate, drift_at, is_calibrated
-from ..fisher.protected_rows import ALIGNMENT
-from ..fisher.reference_answers import ReferenceAnswers
-from ..fisher.statistics import FisherStatistics
-from ..modeling.lora import AdaptedLayer, adapted_layers, at_reference, linear_layers, trained_outside_lora
-from .checks import (
-    Rows,
-    check_adapter,
-    check_engine,
-    check_processor,
-    check_protect,
-    check_rows,
-    check_writable,
-)
+from .checks import Rows
 from .config import AlignGuardConfig
-from .drift_eval import DriftEval
-from .evidence import drift_of, save_evidence, sha256_when_saved
+from .evidence import save_evidence, sha256_when_saved
 from .gradients import add_gradients, before_step_of_deepspeed, unscale
-from .protection import Protection
-from .reference import ReferenceTaker, published_references, translated_budget
-from .regularizer import Regularizer, coefficients_of
+from .guard import Guard
 from .resume import CheckpointState, checkpoint_state, checkpoint_statistics, resumed_from, step_of_weights
 from .trackers import call_before_trackers, calling_handler, log_report
 
 
-logger = get_logger(__name__)
-
-
-class AlignGuardCallback(TrainerCallback):
+class AlignGuardCallback(Guard, TrainerCallback):
     """
     Keeps the alignment of the model that a `Trainer` fine-tunes with LoRA: `transformers.Trainer`, TRL's trainers, or any
     other that fires its events. It takes statistics of the alignment rows before the first step, adds the gradient of
@@ -94,27 +72,12 @@ class AlignGuardCallback(TrainerCallback):
         *,
         protect: dict[str, Rows] | None = None,
     ):
-        self.config = AlignGuardConfig() if config is None else config
-        if not self.config.agl_enabled:
-            raise ValueError("This configuration switches AGL off: leave the callback out.")
-        self.alignment_dataset, self.processing_class = alignment_dataset, processing_class
-        self.protect = check_protect(self.config, protect or {})
-        self._by_default = alignment_dataset is None and self.config.fisher_path is None
-        if self._by_default:
-            self.alignment_dataset = driftcaps_requests()
-        self.drift_eval = None if self.config.drift_eval_steps is None else DriftEval(self.config)
-        self.statistics: FisherStatistics | None = None
-        self.references: ReferenceAnswers | None = None
-        self.protection: Protection | None = None
-        self.tokenizer: PreTrainedTokenizerBase | None = None  # of the trainer at hand
-        self.layers: list[AdaptedLayer] = []
-        self.regularizer: Regularizer | None = None
-        self.report: DriftReport | None = None
+        super().__init__(
+            AlignGuardConfig() if config is None else config, alignment_dataset, processing_class, protect
+        )
         self.resume_from: str | Path | None = None  # a trainer of ours knows
         self._handler: CallbackHandler | None = None  # callbacks of the trainer, trackers among them
-        self._held: int | None = None  # step of the weights that hold the KL budget
         self._metrics: dict[str, list[Tensor]] = {}
-        self._deepspeed = False
 
     def on_init_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: Any = None, **kwargs: Any
@@ -122,65 +85,6 @@ class AlignGuardCallback(TrainerCallback):
         self.statistics, self.layers, self.regularizer = None, [], None  # of an earlier trainer
         self.references = self.protection = None
         self.prepare(args, model, kwargs.get("processing_class"))
-
-    def prepare(self, args: TrainingArguments, model: Any, processing_class: Any) -> None:
-        """
-        Everything that can be wrong is told here, before the first step; a continued adapter's start is kept.
-
-        Args:
-            args (`TrainingArguments`):
-                Arguments of the trainer.
-            model (`PeftModel`):
-                Its model.
-            processing_class (`PreTrainedTokenizerBase`, *optional*):
-                Its tokenizer, where the callback was given none.
-        """
-        if self._by_default:  # not before: the logger needs the state of accelerate, which a trainer brings
-            logger.warning(
-                "Nothing says which behaviour to keep, so that AGL keeps the model's own answers to requests of DriftCaps' protection "
-                "split, unsafe ones and those that look like them. Pass `alignment_dataset=` or set `fisher_path` to choose."
-            )
-        check_writable(args)
-        check_adapter(model)
-        processing_class = processing_class if self.processing_class is None else self.processing_class
-        check_processor(processing_class)
-        self.tokenizer = processing_class
-        check_engine(args, self.config, AcceleratorState())
-        self.layers = adapted_layers(model)
-        if not self.layers:
-            raise ValueError("The adapter has no LoRA layer that AGL could guard.")
-        if any(layer.has_moved() for layer in self.layers):  # a continued adapter: its start is the reference
-            self.layers = [layer.with_reference() for layer in self.layers]
-        if outside := trained_outside_lora(model):
-            logger.warning(
-                f"AGL guards LoRA layers only; {len(outside)} other trainable tensors (such as '{outside[0]}') are free to drift."
-            )
-        check_rows(self.config, model, self.tokenizer, self.alignment_dataset, self.protect, args)
-        if self.config.fisher_path is not None:
-            self._use(FisherStatistics.from_pretrained(self.config.fisher_path), model)
-            if self._anchored(model) and self.alignment_dataset is None:
-                self.references = published_references(self.config.fisher_path)
-                if self.references is None and not self.protect and self.config.kl_budget is None:
-                    raise ValueError(
-                        "`anchor_coef` needs rows to anchor on, and these statistics come without reference answers: pass "
-                        "`alignment_dataset=`."
-                    )
-        if self.drift_eval is not None:
-            self.drift_eval.prepare(model, self.tokenizer)
-        model.add_model_tags(TAG)
-
-    def _anchored(self, model: PeftModel) -> bool:
-        """Whether protected rows hold the run: not those of a model that predicts no tokens, such as one with a reward head."""
-        return self.config.anchored and model.get_output_embeddings() is not None
-
-    def _use(self, statistics: FisherStatistics, model: PeftModel) -> None:
-        statistics.check_fits(model, linear_layers(model))
-        if self.config.variant == "paper" and not statistics.outputs:
-            raise ArtifactError(
-                "`variant='paper'` projects on the output side, which these Fisher statistics do not hold: estimate them with "
-                "shrinkage 0 and type `empirical`."
-            )
-        self.statistics = statistics
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: Any = None, **kwargs: Any
@@ -197,7 +101,7 @@ class AlignGuardCallback(TrainerCallback):
             self.layers, begun = checkpoint_state(checkpoint, model)
             self.references = begun.references or self.references
         if self.regularizer is None or checkpoint is not None:  # not again when the batch size is lowered
-            self._build(args, model, kwargs["train_dataloader"].dataset, begun)
+            self.build(args, model, kwargs["train_dataloader"].dataset, begun)
         if self.protection is not None:
             self.protection.forget()  # of an earlier training by the same trainer
         self._held, self._metrics = None, {}
@@ -205,71 +109,6 @@ class AlignGuardCallback(TrainerCallback):
             self.drift_eval.begin(model, self.layers, state, self._handler)
         if self._deepspeed:
             before_step_of_deepspeed(kwargs["optimizer"], lambda engine: self._add(args, state, model, engine))
-
-    def _build(self, args: TrainingArguments, model: PeftModel, train_rows: Any, begun: CheckpointState) -> None:
-        """Build what every step needs; the model is at its reference weights, or the run is resumed."""
-        config, task_statistics = self.config, None
-        with at_reference(model, self.layers):  # also when the run is resumed
-            anchored = self._anchored(model) and self._has_rows
-            if self.tokenizer is not None:
-                taker = ReferenceTaker(config, args, model, self.tokenizer)
-                taken = self.references is not None and (begun.references is not None or not self.protect)
-                if self.statistics is None or (anchored and not taken):
-                    self._take(taker, anchored)
-                if config.variant == "kfac" and coefficients_of(config).needs_task_fisher:
-                    task_statistics = taker.task_statistics(train_rows)
-            assert self.statistics is not None, "checked"
-            if self.references is not None:
-                self.references.check_fits(model)
-                if self._has_region and not is_calibrated(self.statistics):
-                    progress = not args.disable_tqdm
-                    calibrate(model, self.statistics, self.references, seed=args.seed, progress=progress)
-        share = None
-        if self.references is not None:
-            self.protection = Protection(config, self.references, self.layers, args.seed)
-            if self._has_region:
-                assert config.kl_budget is not None, "checked"
-                # Of a run that begins, as the curve has it where a gradient's direction reaches the budget.
-                share = begun.share_per_drift or 1 / drift_at(self.statistics, config.kl_budget)[0]
-        self.regularizer = Regularizer(
-            config,
-            self.layers,
-            self.statistics,
-            task_statistics,
-            drift_budget=self._drift_budget(),
-            share_per_drift=share,
-            multiplier=begun.multiplier,
-            seed=args.seed,
-        )
-
-    @property
-    def _has_region(self) -> bool:
-        """Whether a trust region holds the run, which needs rows to learn how large it may be; DeepSpeed's weights can't be moved."""
-        return self.config.kl_budget is not None and self.config.trust_radius is not None and not self._deepspeed
-
-    @property
-    def _has_rows(self) -> bool:
-        return self.alignment_dataset is not None or bool(self.protect) or self.references is not None
-
-    def _take(self, taker: ReferenceTaker, anchored: bool) -> None:
-        """Statistics and reference answers of the rows of this run, which are chosen and answered once."""
-        refusals = []
-        if self.alignment_dataset is not None:
-            refusals = taker.answered(self.alignment_dataset, self.config.fisher_num_samples, unsafe=True)
-        if self.statistics is None:
-            self.statistics = taker.statistics(refusals)
-        if anchored:
-            own = taker.references(refusals, self.alignment_dataset, self.protect)
-            self.references = own if self.references is None else self.references.joined(own)
-
-    def _drift_budget(self) -> float | None:
-        """The limit on the relative drift: the given one, or what a KL budget comes to where there are no rows to measure it on."""
-        config = self.config
-        measurable = self.references is not None and ALIGNMENT in self.references.behaviours
-        if config.kl_budget is None or config.drift_budget is not None or measurable:
-            return config.drift_budget
-        assert self.statistics is not None, "there by now"
-        return translated_budget(self.statistics, config.kl_budget)
 
     def on_pre_optimizer_step(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: Any = None, **kwargs: Any
@@ -320,49 +159,6 @@ class AlignGuardCallback(TrainerCallback):
             metrics = self.take_metrics()
             logs.update(metrics)
             state.log_history[-1].update(metrics)
-
-    def measure(self, model: PeftModel, state: TrainerState, step: int | None = None) -> DriftReport:
-        """
-        Drift of the adapter as it is now.
-
-        Args:
-            model (`PeftModel`):
-                Model of the trainer.
-            state (`TrainerState`):
-                Its state.
-            step (`int`, *optional*):
-                Training step of the weights; by default the present one.
-
-        Raises:
-            `ValueError`: If there are no statistics yet, because training has not started.
-        """
-        if self.statistics is None:
-            raise ValueError("There are no Fisher statistics before training has started.")
-        self.report = drift_of(
-            model,
-            self.config,
-            self.statistics,
-            self.layers,
-            self.regularizer,
-            self.protection,
-            state,
-            step=state.global_step if step is None else step,
-        )
-        return self.report
-
-    def hold(self, model: PeftModel, step: int) -> None:
-        """
-        Measure the KL on all protected rows, and shrink the update until it is within its budget. Once for the weights of a step.
-
-        Args:
-            model (`PeftModel`):
-                Model of the trainer.
-            step (`int`):
-                Training step of the weights.
-        """
-        if self.protection is not None and step != self._held:
-            self.protection.hold(model)
-            self._held = step
 
     def _step_of(self, step: int) -> int:
         """Step of the weights that a step left."""
