@@ -115,14 +115,6 @@ def test_sequential_stops_early(server, prompts, tmp_path, monkeypatch, capsys):
     )
 
 
-def test_plain_texts_are_completed(server, tmp_path, monkeypatch, capsys):
-    (tmp_path / "prompts.txt").write_text("the bad thing 1\nthe bad thing 2\n")
-    code, _, err = drift(monkeypatch, capsys, server, tmp_path / "prompts.txt", tmp_path / "out")
-    assert code == 0, err
-    path = "/v1/completions" if isinstance(server.calls[0].body.get("prompt"), str) else "/v1/chat/completions"
-    assert {call.path for call in server.calls} == {path}
-
-
 @pytest.mark.parametrize(
     "figure", ["relative_drift", "largest_drift", "kl_unsafe", "nll_rise_safe", "margin_drop_unsafe"]
 )
