@@ -64,7 +64,7 @@ def drift_served(
     for option, value in of_weights.items():
         if value is not None:
             raise ValueError(
-                f"`{option}` is about weights, which a server does not show: leave out it or the servers."
+                f"`{option}` is about weights, which a server does not show: leave out either it or the servers."
             )
     if prompts is None:
         raise ValueError("A server can only be asked: name prompts as `--prompts`.")

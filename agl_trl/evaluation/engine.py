@@ -18,6 +18,7 @@ API_KEY = "AGL_TRL_API_KEY"  # its own name: a key of somebody else is never sen
 TIMEOUT = 300.0  # seconds for one answer, with the time that it waits for its turn
 LOOK = 30.0  # seconds for the list of models
 TRIES, FIRST_WAIT, LONGEST_WAIT = 6, 0.5, 120.0  # waits double; a server that asks for a longer one is not waited for
+NAMED = 20  # of a server's models, in a sentence
 PASSING = {429, 500, 502, 503, 504}
 # Some engines decode by the generation config of the model where a request does not say otherwise, at any temperature.
 NEUTRAL: dict[str, dict[str, Any]] = {name: {"repetition_penalty": 1.0} for name in ("sglang", "vllm")}
@@ -82,7 +83,7 @@ class ServedModel:
         """Name of the model as a report may tell it: of a path on the server without its folders."""
         path = PureWindowsPath(self.model_id)
         rooted = PurePosixPath(self.model_id).is_absolute() or path.is_absolute()
-        return path.name if rooted else self.model_id
+        return _printable(path.name if rooted else self.model_id)
 
     def stop(self) -> None:
         """Wait no longer between tries: they end with an error."""
@@ -181,7 +182,7 @@ class ServedModel:
         said = said.get("message") if isinstance(said, dict) else said
         if not isinstance(said, str) or not said.strip():
             return ""
-        line = " ".join(said.split())
+        line = _printable(" ".join(said.split()))
         return f" ({(line if self.key is None else line.replace(self.key, '…'))[:200].rstrip('. ')})"
 
 
@@ -255,7 +256,8 @@ def _chosen(listed: Mapping[str, str], model_id: str | None, url: str, side: str
     Raises:
         [`EngineError`]: If it is not there, or there are several to choose from.
     """
-    names = ", ".join(f"'{name}'" for name in sorted(listed)) or "none"
+    names = ", ".join(f"'{_printable(name)}'" for name in sorted(listed)[:NAMED]) or "none"
+    names += f" and {len(listed) - NAMED} more" if len(listed) > NAMED else ""
     if model_id is None:
         if len(listed) != 1:
             raise EngineError(f"The server at {url} has the models {names}: name one as `--{side}-model-id`.")
@@ -263,6 +265,11 @@ def _chosen(listed: Mapping[str, str], model_id: str | None, url: str, side: str
     elif model_id not in listed:
         raise EngineError(f"The server at {url} has no model '{model_id}'; it has {names}.")
     return model_id
+
+
+def _printable(text: str) -> str:
+    """What a server says, without what could move the cursor of a terminal."""
+    return "".join(character if character.isprintable() else "�" for character in text)
 
 
 def _retry_after(value: str) -> float | None:

@@ -185,6 +185,10 @@ def test_models_are_found_by_their_names(server):
     server.models["/srv/weights/three.gguf"] = server.models["two"]
     with closing(ServedModel(server.url, "/srv/weights/three.gguf", side="base")) as model:
         assert model.name == "three.gguf" and model.answer(QUESTION, 8).text == COMPLIANCE
+    server.models |= {f"model {number:02}\033[2J": server.models["two"] for number in range(30)}
+    with pytest.raises(EngineError, match=r"'model 18�\[2J' and 13 more: name one as") as told:
+        ServedModel(server.url, side="base")
+    assert "\033" not in str(told.value)
     server.listed = False
     with pytest.raises(EngineError, match=r"/v1/models answered with status 404\.$"):
         ServedModel(server.url, "one", side="base")

@@ -47,7 +47,7 @@ def test_verdicts_are_those_of_this_process(aligned, unaligned):
     prompts = heldout_prompts()
     prompts = prompts.select(range(0, len(prompts), 3))
     plain = prompts.select(range(8)).map(lambda row: {"text": f"{row['prompt'][-1]['content']} Well,"})
-    plain = plain.select_columns(["text", "expected"]).rename_column("text", "prompt")
+    plain = plain.select_columns(["text", "unsafe"]).rename_column("text", "prompt")
     for asked in (prompts, plain):
         options = dict(max_new_tokens=32, progress=False)
         here = measure_behaviour(load_model("base"), load_tokenizer(), asked, base=load_model(), **options)
