@@ -98,10 +98,26 @@ def fisher(
 
 @app.command()
 def drift(
-    base: Annotated[str, typer.Option(help=f"Base model folder or Hub id; {MINIWORLD_HELP}.")],
     output_dir: Annotated[Path, typer.Option(help="Folder for agl/drift.safetensors, agl/drift.png, answers.jsonl.")],
+    base: Annotated[str | None, typer.Option(help=f"Base model folder or Hub id; {MINIWORLD_HELP}.")] = None,
     adapter: Annotated[str | None, typer.Option(help="Folder or Hub id of the adapter.")] = None,
     tuned: Annotated[str | None, typer.Option(help="Tuned checkpoint in place of an adapter.")] = None,
+    base_url: Annotated[
+        str | None,
+        typer.Option(
+            help="In place of --base: OpenAI-compatible server to ask, such as http://localhost:8000/v1. "
+            "Answers alone are measured. A key is read from AGL_TRL_API_KEY."
+        ),
+    ] = None,
+    tuned_url: Annotated[
+        str | None, typer.Option(help="Server of the tuned model; default: the same as --base-url.")
+    ] = None,
+    base_model_id: Annotated[
+        str | None, typer.Option(help="Name of the base model on its server; default: the only one there.")
+    ] = None,
+    tuned_model_id: Annotated[
+        str | None, typer.Option(help="Name of the tuned model on its server; default: the only one there.")
+    ] = None,
     fisher: Annotated[
         str | None,
         typer.Option(
@@ -148,12 +164,45 @@ def drift(
     ] = False,
     junit: Annotated[Path | None, typer.Option(help="JUnit file to write, a test case for every `--fail-if`.")] = None,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest answer.")] = 64,
-    batch_size: Annotated[int, typer.Option(min=1, help="Prompts per batch.")] = 32,
+    batch_size: Annotated[
+        int, typer.Option(min=1, help="Prompts per batch; a server is asked at most 8 of them at once.")
+    ] = 32,
 ) -> None:
     """Report how far a model has moved from its base: weights per layer, and answers where prompts are given."""
+    _quiet()
+    if base_url or tuned_url or base_model_id or tuned_model_id:
+        from .drift_served import drift_served
+
+        drift_served(
+            base_url=base_url,
+            tuned_url=tuned_url,
+            base_model_id=base_model_id,
+            tuned_model_id=tuned_model_id,
+            of_weights={
+                "--base": base,
+                "--adapter": adapter,
+                "--tuned": tuned,
+                "--fisher": fisher,
+                "--suite": suite,
+                "--ability": ability[0] if ability else None,
+            },
+            output_dir=output_dir,
+            prompts=prompts,
+            limit=limit,
+            judge=judge,
+            fail_if=fail_if or (),
+            sequential=sequential,
+            html=html,
+            with_answers=with_answers,
+            junit=junit,
+            max_new_tokens=max_new_tokens,
+            batch_size=batch_size,
+        )
+        return
+    if base is None:
+        raise ValueError("Name the base model as `--base`, or a server to ask as `--base-url`.")
     from .drift import drift
 
-    _quiet()
     drift(
         base=base,
         output_dir=output_dir,

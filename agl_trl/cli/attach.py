@@ -14,7 +14,8 @@ from ..drift.report import DriftReport
 from ..fisher.statistics import FisherStatistics
 from ..hub.model_card import attach_card
 from ..hub.push import files_to_push, push_folder
-from .drift import ANSWERS_FILE, drift
+from .drift import drift
+from .drift_written import ANSWERS_FILE
 
 
 def attach(

@@ -2,12 +2,10 @@
 
 import hashlib
 import json
-import shlex
 from collections.abc import Sequence
 from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import typer
 from datasets import Dataset
@@ -19,27 +17,14 @@ from ..artifacts.files import (
     DRIFT_FILE,
     FISHER_FILE,
     FOLDER,
-    PICTURE_FILE,
     ArtifactError,
-    check_file,
-    check_writable,
     sha256,
-    write_atomically,
 )
-from ..artifacts.location import adapter_folder, shown_name
-from ..data.abilities import load_abilities
+from ..artifacts.location import adapter_folder
 from ..data.alignment import driftcaps_requests
-from ..data.labels import unsafe_column
-from ..data.prompts import load_prompts
 from ..data.rows import questions_of
-from ..drift.gate import certain_already, hopeless
-from ..drift.gate import judge as judge_report
-from ..drift.html import write_page
-from ..drift.junit import write_junit
-from ..drift.plots import plot_drift
+from ..drift.gate import certain_already
 from ..drift.report import DriftReport
-from ..drift.thresholds import Condition, check_measurable, on_sets
-from ..drift.verdict import Outcome
 from ..evaluation.abilities import measure_abilities
 from ..evaluation.answer_cache import AnswerCache
 from ..evaluation.behaviour import measure_behaviour
@@ -49,10 +34,8 @@ from ..fisher.statistics import FisherStatistics
 from ..modeling.loading import load_adapter, load_model
 from ..modeling.lora import linear_layers
 from ..modeling.own_tokenizer import difference, own_tokenizer
-
-
-ANSWERS_FILE = "answers.jsonl"
-ABILITIES_FILE = "abilities.jsonl"
+from .drift_asked import check_files, described, load_asked, rules_of
+from .drift_written import write_drift
 
 
 def drift(
@@ -125,25 +108,14 @@ def drift(
     """
     if (adapter is None) == (tuned is None):
         raise ValueError("Name what to measure: either `--adapter`, or `--tuned` for a checkpoint of its own.")
-    conditions = [Condition.parse(text) for text in fail_if]
-    if not conditions and (sequential or junit is not None):
-        raise ValueError(f"`{'--sequential' if sequential else '--junit'}` is about rules: set one as `--fail-if`.")
-    if sequential and prompts is None:
-        raise ValueError("`--sequential` is about asking: name prompts as `--prompts`.")
-    if with_answers and html is None:
-        raise ValueError("`--with-answers` is about the page: name it as `--html`.")
-    check_writable(output_dir)
-    for file in (html, junit):
-        if file is not None:
-            check_file(file)
+    conditions = rules_of(
+        fail_if, sequential=sequential, prompts=prompts, html=html, with_answers=with_answers, junit=junit
+    )
+    check_files(output_dir, html, junit)
     asked = load_judge(judge, batch_size)
-    questions = None if prompts is None else load_prompts(prompts, limit)
-    unsafe = None if questions is None else unsafe_column(questions)
-    check_measurable(conditions, unsafe)
-    sets = load_abilities(ability, suite=suite is not None, limit=ability_limit)
-    conditions = on_sets(conditions, {one.name: one.kind == "text" for one in sets})
-    for sentence in hopeless(conditions, unsafe, {one.name: len(one.rows) for one in sets}):
-        typer.echo(f"Note: {sentence}")
+    questions, unsafe, sets, conditions = load_asked(
+        prompts, limit, conditions, ability=ability, suite=suite is not None, ability_limit=ability_limit
+    )
     folder = None if adapter is None else adapter_folder(adapter)
     statistics = _given_statistics(fisher, folder)
     if folder is not None:
@@ -190,66 +162,35 @@ def drift(
         )
         if set_aside is not None:
             measured.behaviour.metadata["tokenizer_set_aside"] = set_aside
-        measured.behaviour.metadata["prompts"] = _description(prompts or "", questions)
+        measured.behaviour.metadata["prompts"] = described(prompts or "", questions)
 
-    if measured.behaviour is not None:
-        lines = [json.dumps(entry, ensure_ascii=False) + "\n" for entry in measured.behaviour.answers]
-        write_atomically(output_dir / ANSWERS_FILE, "".join(lines).encode())
-    if rows := [row for one in measured.abilities for row in one.answers]:
-        lines = [json.dumps(row, ensure_ascii=False) + "\n" for row in rows]
-        write_atomically(output_dir / ABILITIES_FILE, "".join(lines).encode())
-    unfinished.unlink(missing_ok=True)
-    measured.save_pretrained(output_dir)
-    plot_drift(measured, output_dir / FOLDER / PICTURE_FILE)
-    typer.echo(measured.summary())
-    verdict = judge_report(measured, conditions) if conditions else None
-    if html is not None:
-        write_page(
-            html,
-            measured,
-            verdict,
-            base=shown_name(base),
-            tuned=shown_name(adapter or tuned or ""),
-            command=_command(
-                base=base,
-                adapter=adapter,
-                tuned=tuned,
-                fisher=fisher,
-                prompts=prompts,
-                limit=limit,
-                judge=judge,
-                suite=suite,
-                ability=ability,
-                ability_limit=ability_limit,
-                max_new_tokens=max_new_tokens,
-                batch_size=batch_size,
-                fail_if=conditions,
-                sequential=sequential,
-            ),
-            with_answers=with_answers,
-        )
-    if verdict is None:
-        return
-    if junit is not None:
-        write_junit(junit, verdict, tuned=shown_name(adapter or tuned or ""))
-    typer.echo("\n".join(verdict.lines()))
-    if verdict.outcome is not Outcome.PASS:
-        typer.echo(f"agl-trl: {verdict.sentence()}", err=True)
-        raise typer.Exit(verdict.outcome.exit_code)
-
-
-def _command(**options: Any) -> str:
-    """The command that measures the same again, without folders of this machine."""
-    words = ["agl-trl", "drift"]
-    for name, value in options.items():
-        option = f"--{name.replace('_', '-')}"
-        if value is True:
-            words.append(option)
-        elif name in ("fail_if", "ability"):
-            words += [word for one in value for word in (option, shown_name(str(one)))]
-        elif value is not None and value is not False:
-            words += [option, shown_name(value) if isinstance(value, str) else str(value)]
-    return shlex.join([*words, "--output-dir", "report"])
+    write_drift(
+        measured,
+        conditions,
+        output_dir=output_dir,
+        unfinished=unfinished,
+        base=base,
+        tuned=adapter or tuned or "",
+        options=dict(
+            base=base,
+            adapter=adapter,
+            tuned=tuned,
+            fisher=fisher,
+            prompts=prompts,
+            limit=limit,
+            judge=judge,
+            suite=suite,
+            ability=ability,
+            ability_limit=ability_limit,
+            max_new_tokens=max_new_tokens,
+            batch_size=batch_size,
+            fail_if=conditions,
+            sequential=sequential,
+        ),
+        html=html,
+        with_answers=with_answers,
+        junit=junit,
+    )
 
 
 def _given_statistics(fisher: str | None, folder: Path | None) -> FisherStatistics | None:
@@ -335,8 +276,3 @@ def _measured(
     if base is None:
         return DriftReport.measure(model, statistics)
     return DriftReport.measure_checkpoint(base, model, statistics)
-
-
-def _description(name: str, prompts: Dataset) -> dict[str, str | int | None]:
-    """Prompts as a report names them."""
-    return {"name": shown_name(name), "license": prompts.info.license, "count": len(prompts)}

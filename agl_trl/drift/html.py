@@ -11,6 +11,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from ..artifacts.files import write_atomically
 from ..evaluation.behaviour import Behaviour
 from ..evaluation.rates import Rate
+from ..evaluation.served import UNSEEN, served_facts
 from .distributions import distributions
 from .layer_map import layer_map
 from .protected import protected_lines
@@ -182,9 +183,11 @@ def not_measured(report: DriftReport) -> list[str]:
         sentences.append(
             f"{answers.num_unasked} prompts were not asked, since no answer to them could have changed the verdict."
         )
-    if answers.nll_tuned.isnan().all():
+    if answers.served is not None:
+        sentences.append(f"{UNSEEN}.")
+    elif answers.nll_tuned.isnan().all():
         sentences.append("Likelihood of reference answers: the prompts have none.")
-    if answers.margin_tuned.isnan().all():
+    if answers.margin_tuned.isnan().all() and answers.served is None:
         sentences.append("Refusal margin: the tokenizer begins refusals and compliance with the same token.")
     counts = (answers.metadata.get("verdicts") or {}).get("tuned")
     if counts and counts["uncertain"]:
@@ -222,6 +225,7 @@ def facts(report: DriftReport) -> list[tuple[str, str]]:
             ("prompts asked, SHA-256", told.get("prompts_sha256")),
             ("judge", " ".join(str(part) for part in judge.values())),
             ("decoding", told.get("decoding")),
+            *served_facts(answers.served or {}),
             ("tokenizer", told.get("tokenizer_set_aside")),
             ("seeds", "0 of the bootstrap, 0 of the order of asking; decoding is greedy and needs none"),
         ]

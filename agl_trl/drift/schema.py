@@ -90,6 +90,21 @@ class Unasked(Metadata):
     safe: KindUnasked
 
 
+class ServedSide(Metadata):
+    """A model that a server was asked for."""
+
+    model: str
+    url: str
+    at_length: Count
+
+
+class ServedModels(Metadata):
+    """Models that servers were asked for."""
+
+    base: ServedSide
+    tuned: ServedSide
+
+
 class BehaviourMetadata(Metadata):
     """How the answers were made and judged."""
 
@@ -102,6 +117,7 @@ class BehaviourMetadata(Metadata):
     prompts_sha256: str = ""
     prompts: PromptsUsed | None = None
     unasked: Unasked | None = None
+    served: ServedModels | None = None
 
 
 class AbilityMetadata(Metadata):

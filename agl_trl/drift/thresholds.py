@@ -59,7 +59,7 @@ class Condition(NamedTuple):
         return cls(match[1], match[2], float(match[3]))
 
 
-def check_measurable(conditions: Sequence[Condition], unsafe: Tensor | None) -> None:
+def check_measurable(conditions: Sequence[Condition], unsafe: Tensor | None, *, served: bool = False) -> None:
     """
     Check, before anything is asked, that the prompts can give the figures that conditions are on.
 
@@ -68,11 +68,18 @@ def check_measurable(conditions: Sequence[Condition], unsafe: Tensor | None) -> 
             Conditions.
         unsafe (`Tensor`, *optional*):
             Boolean, of shape `(prompts,)`; `None` where no prompts are asked.
+        served (`bool`, *optional*, defaults to `False`):
+            Whether servers are asked, which show answers alone.
 
     Raises:
-        `ValueError`: If one needs prompts that there are none of.
+        `ValueError`: If one needs prompts that there are none of, or what a server does not show.
     """
     for condition in conditions:
+        if served and condition.figure not in RATES:
+            shows = "neither weights nor logits"
+            raise ValueError(
+                f"'{condition}' can't be measured: a server shows {shows}; set rules on {' or '.join(RATES)}."
+            )
         kind = (RATES | MEANS).get(condition.figure)
         if kind is not None and (unsafe is None or not (unsafe == kind).any()):
             word = "unsafe" if kind else "safe"

@@ -1,7 +1,7 @@
 """Answers of one model to prompts: greedy texts, their verdicts, and the likelihood of the reference answers."""
 
-from collections.abc import Callable
-from typing import Any, NamedTuple
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
 import torch
 from datasets import Dataset
@@ -29,12 +29,15 @@ class Answers(NamedTuple):
             Negative log-likelihood per token of the reference answers, of shape `(prompts,)`, NaN where there is none.
         decoding (`str`):
             How the answers were made.
+        at_length (`list[bool]`, *optional*, defaults to `()`):
+            Of a served model, whether an answer ended because it was as long as allowed.
     """
 
     texts: list[str]
     verdicts: list[Verdict]
     nll: Tensor
     decoding: str
+    at_length: Sequence[bool] = ()
 
     @property
     def refused(self) -> Tensor:
@@ -44,7 +47,8 @@ class Answers(NamedTuple):
     def select(self, places: list[int]) -> "Answers":
         """Those at these places, in that order."""
         verdicts = [self.verdicts[place] for place in places]
-        return Answers([self.texts[place] for place in places], verdicts, self.nll[places], self.decoding)
+        at_length = [self.at_length[place] for place in places] if self.at_length else ()
+        return Answers([self.texts[place] for place in places], verdicts, self.nll[places], self.decoding, at_length)
 
 
 def answer_prompts(
@@ -101,12 +105,10 @@ def answer_prompts(
 def answer_until(
     certain: Callable[[Tensor, Tensor, Tensor], bool],
     refused_base: Tensor,
-    model: PreTrainedModel | PeftModel,
-    tokenizer: PreTrainedTokenizerBase,
+    answer: Callable[[Dataset], Answers],
     prompts: Dataset,
     *,
     batch_size: int,
-    **options: Any,
 ) -> tuple[list[int], Answers]:
     """Answers, batch by batch, until enough is known: the prompts that were asked, in their own order, and what was answered."""
     order = torch.randperm(
@@ -116,13 +118,14 @@ def answer_until(
     parts = []
     for start in range(0, len(prompts), batch_size):
         batch = order[start : start + batch_size]
-        parts.append(answer_prompts(model, tokenizer, prompts.select(batch), batch_size=batch_size, **options))
+        parts.append(answer(prompts.select(batch)))
         asked[batch], refused_tuned[batch] = True, parts[-1].refused
         if certain(refused_base, refused_tuned, asked):
             break
     texts = [text for part in parts for text in part.texts]
     verdicts = [verdict for part in parts for verdict in part.verdicts]
-    answers = Answers(texts, verdicts, torch.cat([part.nll for part in parts]), parts[0].decoding)
+    at_length = [flag for part in parts for flag in part.at_length]
+    answers = Answers(texts, verdicts, torch.cat([part.nll for part in parts]), parts[0].decoding, at_length)
     places = sorted(range(len(texts)), key=order.__getitem__)
     return [order[place] for place in places], answers.select(places)
 

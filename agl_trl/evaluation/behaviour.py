@@ -4,6 +4,7 @@ import hashlib
 import json
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -45,7 +46,8 @@ class Behaviour:
         margin_base, margin_tuned, hidden_drift, direction_cosine (`Tensor`):
             As in [`Probes`].
         metadata (`dict`):
-            Judge, decoding, and of both sides how many verdicts are uncertain and how many answers were cut off.
+            Judge, decoding, and of both sides how many verdicts are uncertain and how many answers were cut off; the servers, where
+            some were asked.
         answers (`list[dict]`):
             Prompt, answers and verdicts, one entry per prompt; not part of the saved report.
     """
@@ -84,6 +86,11 @@ class Behaviour:
     def num_unasked(self) -> int:
         """Prompts that were not asked, since the verdict of a gate was certain without them."""
         return sum(sum(kind.values()) for kind in self.metadata.get("unasked", {}).values())
+
+    @property
+    def served(self) -> dict[str, dict[str, Any]] | None:
+        """Model, address and number of answers cut at their length, by side, where servers were asked: they show answers alone."""
+        return self.metadata.get("served")
 
     def paired_p_value(self, unsafe: bool = True) -> float:
         """
@@ -169,7 +176,8 @@ def measure_behaviour(
         if certain is None:
             after = answer_prompts(one, tokenizer, prompts, **options)
         else:
-            chosen, after = answer_until(certain, before.refused, one, tokenizer, prompts, **options)
+            ask = partial(answer_prompts, one, tokenizer, **options)
+            chosen, after = answer_until(certain, before.refused, ask, prompts, batch_size=batch_size)
             unasked = count_unasked(chosen, before.refused, unsafe_column(prompts))
             prompts, before = prompts.select(chosen), before.select(chosen)
             questions = questions_of(prompts)

@@ -55,6 +55,12 @@ class Probes(NamedTuple):
     kl_first_tokens: Tensor
 
 
+def unmeasured(count: int) -> Probes:
+    """Probes of that many prompts of which nothing is known: NaN, and one layer of it."""
+    prompts, layers = torch.full((count,), torch.nan), torch.full((1,), torch.nan)
+    return Probes(prompts, prompts.clone(), layers, layers.clone(), prompts.clone())
+
+
 def opener_ids(tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], list[int]] | None:
     """First tokens of refusals and of compliance, without repetition; `None` where the two share one."""
     refusal, compliance = (

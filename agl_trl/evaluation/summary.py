@@ -5,6 +5,7 @@ from math import isinf, isnan
 
 from .abilities import Ability
 from .behaviour import Behaviour
+from .served import UNSEEN, served_facts
 from .verdict_counts import verdict_notes
 
 
@@ -17,8 +18,8 @@ def behaviour_lines(behaviour: Behaviour) -> list[str]:
             low, high = tuned.interval
             lines.append(
                 f"{label:<21} {base.value:.1%} before, {tuned.value:.1%} after (95 % interval {low:.1%} to {high:.1%}, "
-                f"{tuned.total} prompts, paired p {behaviour.paired_p_value(unsafe):.2g}); "
-                f"KL {behaviour.mean_kl(unsafe):.3f} nats per token"
+                f"{tuned.total} prompts, paired p {behaviour.paired_p_value(unsafe):.2g})"
+                + ("" if behaviour.served else f"; KL {behaviour.mean_kl(unsafe):.3f} nats per token")
             )
     if behaviour.num_unasked:
         lines.append(
@@ -27,6 +28,12 @@ def behaviour_lines(behaviour: Behaviour) -> list[str]:
     if sentence := behaviour.metadata.get("tokenizer_set_aside"):
         lines.append(f"asked                 {sentence}")
     lines += verdict_notes(behaviour.metadata, len(behaviour.categories))
+    if behaviour.served is not None:
+        return [
+            *lines,
+            *(f"{name:<21} {told}" for name, told in served_facts(behaviour.served)),
+            f"not measured          {UNSEEN}",
+        ]
     chosen = behaviour.unsafe
     margins = [margin[chosen].mean().item() for margin in (behaviour.margin_base, behaviour.margin_tuned)]
     if chosen.any() and not isnan(margins[0]):

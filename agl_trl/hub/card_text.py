@@ -10,6 +10,7 @@ from ..drift.protected import KINDS, over_budget
 from ..drift.report import DriftReport
 from ..evaluation.behaviour import Behaviour
 from ..evaluation.rates import Rate
+from ..evaluation.served import served_facts
 from ..objective.alignguard import Coefficients
 from .card_metadata import one_line, prompt_set, without_folder
 
@@ -122,6 +123,7 @@ def render_evidence(
         report=report,
         behaviour=behaviour,
         abilities=report.abilities,
+        served=[] if behaviour is None or behaviour.served is None else served_facts(behaviour.served),
         budget=settings.get("drift_budget"),
         kl_budget=settings.get("kl_budget"),
         continued=bool(report.metadata.get("continued")),
