@@ -15,8 +15,8 @@ from agl_trl import DriftReport, FisherStatistics
 ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "agl_trl"
 OF_EXTRAS = {"matplotlib", "scipy", "gradio"}
-# What the Hub's client speaks HTTP with, which it brings: the older one before its version 2. And a front end that imports us.
-BROUGHT = {"httpx", "httpx2", "axolotl"}
+# What the Hub's client speaks HTTP with, which it brings: the older one before its version 2. And a front end and a harness that import us.
+BROUGHT = {"httpx", "httpx2", "axolotl", "inspect_ai"}
 HEAVY = OF_EXTRAS | {"jinja2", "ruamel"}
 # TRL by those that train; the callback works in any Trainer.
 TRL_FOLDERS = {"trainer", "scripts", "experiments"}
