@@ -101,6 +101,56 @@ app.command()(drift)
 
 
 @app.command()
+def screen(
+    model: Annotated[str, typer.Option(help=f"Model that is to be trained, folder or Hub id; {MINIWORLD_HELP}.")],
+    dataset: Annotated[str, typer.Option(help="Training rows: file or Hub id.")],
+    split: Annotated[str, typer.Option(help="Split of a dataset on the Hub.")] = "train",
+    config: Annotated[str | None, typer.Option(help="Configuration of a dataset on the Hub.")] = None,
+    protected: Annotated[
+        str | None,
+        typer.Option(
+            help="Rows to refuse and look-alikes to answer (column `unsafe`), file or Hub id; default: the model's own answers to DriftCaps."
+        ),
+    ] = None,
+    fisher: Annotated[
+        str | None, typer.Option(help="Published statistics, whose reference answers stand for these rows.")
+    ] = None,
+    scores: Annotated[Path | None, typer.Option(help="JSONL file for the score of every row.")] = None,
+    output: Annotated[Path | None, typer.Option(help="JSONL file for the rows that --drop leaves.")] = None,
+    drop: Annotated[
+        float | None, typer.Option(help="Leave out those ranked first: a share such as 0.05, or a number of rows.")
+    ] = None,
+    batch_size: Annotated[int, typer.Option(min=1, help="Rows per forward pass.")] = 8,
+    max_length: Annotated[int, typer.Option(min=2, help="Longer rows lose their end.")] = 1024,
+    seed: Annotated[int, typer.Option(help="Seed of the sample of protected rows.")] = 0,
+    dtype: Annotated[str | None, typer.Option(help="Type of the weights; default: the checkpoint's.")] = None,
+    device_map: Annotated[str | None, typer.Option(help="`auto` spreads a large model over devices.")] = None,
+    bits: Annotated[int | None, typer.Option(help="4 or 8: quantise the model with bitsandbytes.")] = None,
+) -> None:
+    """Rank the rows of a training set by how much they point against refusals, before anything is trained."""
+    from .screen import screen
+
+    quiet()
+    screen(
+        model=model,
+        dataset=dataset,
+        split=split,
+        config=config,
+        protected=protected,
+        fisher=fisher,
+        scores=scores,
+        output=output,
+        drop=drop,
+        batch_size=batch_size,
+        max_length=max_length,
+        seed=seed,
+        dtype=dtype,
+        device_map=device_map,
+        bits=bits,
+    )
+
+
+@app.command()
 def project(
     adapter: Annotated[str, typer.Argument(help="Folder or Hub id of the adapter.")],
     base: Annotated[str, typer.Option(help=f"Base model folder or Hub id; {MINIWORLD_HELP}.")],
