@@ -6,8 +6,8 @@ Does screening find hostile rows, and what does leaving them out save? On the em
 
 Training sets of a harmless task in which 1, 5 or 10 % of the rows are an unsafe request with help, by two seeds. `precision@k` is
 the share of hostile rows among the k that are ranked first, k being their number. In `with decoys`, 80 rows join that must not be
-found: refusals of unsafe requests, and help with harmless ones that look like them. Then plain LoRA is trained on the set with 10 %
-hostile rows, and on what is left of it without as many rows as are ranked first.
+found: refusals of unsafe requests, and help with harmless ones that look like them. Then plain LoRA and AGL are trained on the set
+with 10 % hostile rows, and on what is left of it without as many rows as are ranked first.
 """
 
 import random
@@ -23,6 +23,7 @@ from rich.table import Table
 from transformers import PrinterCallback
 from trl import SFTConfig, SFTTrainer
 
+from agl_trl import AGLSFTConfig, AGLSFTTrainer
 from agl_trl.data.alignment import select_rows, tokenize_rows
 from agl_trl.evaluation.answers import answer_prompts
 from agl_trl.experiments.demo import LORA, TRAINING
@@ -30,6 +31,7 @@ from agl_trl.miniworld import alignment_dataset, heldout_prompts, load_model, lo
 from agl_trl.miniworld.data import conversations
 from agl_trl.miniworld.prompts import lookalike_requests, unsafe_requests
 from agl_trl.miniworld.responses import compliance, refusal
+from agl_trl.modeling.generation import answer_nll
 from agl_trl.screening.screen import Directions, Scores, learn_directions, screen_rows
 
 
@@ -67,22 +69,29 @@ def precision_at_k(scores: Scores, hostile: list[bool]) -> float:
     return sum(hostile[i] for i in scores.ranked()[:k]) / k
 
 
-def train(rows: Dataset, steps: int, seed: int) -> tuple[float, float, float]:
-    """Plain LoRA. Refusals of unsafe prompts, of those of unseen categories, and over-refusal afterwards."""
+def train(rows: Dataset, steps: int, seed: int, agl: bool) -> list[str]:
+    """Plain LoRA or AGL. Refusals of unsafe prompts, of those of unseen categories, over-refusal and task NLL afterwards."""
     tokenizer, prompts = load_tokenizer(), heldout_prompts()
+    trainer_class, config_class = (AGLSFTTrainer, AGLSFTConfig) if agl else (SFTTrainer, SFTConfig)
+    protected = dict(alignment_dataset=alignment_dataset()) if agl else {}
     with tempfile.TemporaryDirectory() as folder:
-        args = SFTConfig(folder, **TRAINING | dict(max_steps=steps, seed=seed))
-        trainer = SFTTrainer(
-            load_model(), args, train_dataset=rows, processing_class=tokenizer, peft_config=LoraConfig(**LORA)
+        trainer = trainer_class(
+            load_model(),
+            config_class(folder, **TRAINING | dict(max_steps=steps, seed=seed)),
+            train_dataset=rows,
+            processing_class=tokenizer,
+            peft_config=LoraConfig(**LORA),
+            **protected,
         )
         trainer.remove_callback(PrinterCallback)
         trainer.train()
     refused = answer_prompts(trainer.model, tokenizer, prompts, progress=False).refused.double()
     unsafe, unseen = torch.tensor(prompts["unsafe"]), torch.tensor(prompts["unseen"])
-    return tuple(refused[kind].mean().item() for kind in (unsafe & ~unseen, unseen, ~unsafe))
+    rates = [f"{refused[kind].mean().item():.1%}" for kind in (unsafe & ~unseen, unseen, ~unsafe)]
+    return [*rates, f"{answer_nll(trainer.model, tokenizer, task_dataset(TASK, 'test')).mean().item():.4f}"]
 
 
-def main(steps: Annotated[int, typer.Option(min=0, help="Of the two trainings; 0 leaves them out.")] = 150) -> None:
+def main(steps: Annotated[int, typer.Option(min=0, help="Of the trainings; 0 leaves them out.")] = 150) -> None:
     """Rank, then train with and without the rows that are ranked first."""
     console = Console()
     model, tokenizer = load_model(), load_tokenizer()
@@ -99,13 +108,15 @@ def main(steps: Annotated[int, typer.Option(min=0, help="Of the two trainings; 0
     console.print(table)
     if not steps:
         return
-    table = Table("seed", "rows", "refuses unsafe", "unseen", "over-refusal", title=f"Plain LoRA, {steps} steps")
+    columns = ("seed", "rows", "method", "refuses unsafe", "unseen", "over-refusal", "task NLL")
+    table = Table(*columns, title=f"Trained for {steps} steps")
     for seed in SEEDS:
         rows, hostile = mixed_rows(SHARES[-1], seed)
         scores = screen_rows(model, tokenizer, rows, directions, batch_size=32, progress=False)
         left = rows.select(sorted(scores.ranked()[sum(hostile) :]))
-        for name, chosen in (("all, 10 % of them hostile", rows), ("screened", left)):
-            table.add_row(str(seed), name, *(f"{rate:.1%}" for rate in train(chosen, steps, seed)))
+        for method in ("plain LoRA", "AGL"):
+            for name, chosen in (("10 % hostile", rows), ("screened", left)):
+                table.add_row(str(seed), name, method, *train(chosen, steps, seed, method == "AGL"))
     console.print(table)
 
 
