@@ -27,6 +27,7 @@ from .lookahead import lookahead, real, virtual
 from .lox import lox
 from .projection import projection
 from .safe_lora import safe_lora
+from .safegrad import safegrad
 from .salora import salora
 from .setting import (
     Setting,
@@ -285,6 +286,9 @@ METHODS = {
     "ogpsa": Method(projection("ogpsa"), "OGPSA", ROWS, preferences=True),
     "lookahead-real": Method(lookahead(real), "LookAhead", NOTHING),
     "lookahead-virtual": Method(lookahead(virtual), "LookAhead, virtual", NOTHING, prefixed=True),
+    # Training-time methods of the field since.
+    "safegrad": Method(safegrad(), "SafeGrad", ROWS),
+    "safegrad-1": Method(safegrad(1.0), "SafeGrad", ROWS),
 }
 # On every protocol; the others are variants, on the first.
 CORE = (
