@@ -39,6 +39,7 @@ from .setting import (
     reference_answers,
 )
 from .splora import splora
+from .ssah import ssah
 
 
 def plain(**changes: Any) -> Callable[[Setting], SFTTrainer]:
@@ -289,6 +290,8 @@ METHODS = {
     # Training-time methods of the field since.
     "safegrad": Method(safegrad(), "SafeGrad", ROWS),
     "safegrad-1": Method(safegrad(1.0), "SafeGrad", ROWS),
+    "ssah-0.075": Method(ssah(0.075), "SSAH", ROWS),
+    "ssah-0.3": Method(ssah(0.3), "SSAH", ROWS),
 }
 # On every protocol; the others are variants, on the first.
 CORE = (

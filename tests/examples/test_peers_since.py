@@ -2,9 +2,12 @@
 
 import torch
 
-from agl_trl.miniworld import load_tokenizer, task_dataset
+from agl_trl.data.alignment import tokenize_rows
+from agl_trl.miniworld import alignment_dataset, load_model, load_tokenizer, task_dataset
+from agl_trl.modeling.lora import adapted_layers
 from examples.benchmark.methods import METHODS, Setting
 from examples.benchmark.safegrad import surgery
+from examples.benchmark.ssah import critical, importance
 
 
 def trainer(name, tmp_path, steps=3):
@@ -45,3 +48,31 @@ def test_safegrad_leaves_what_agrees():
 def test_safegrad_changes_the_run(tmp_path):
     plain, ours, added = (trainer(name, tmp_path / name, steps=4) for name in ("lora", "safegrad", "safegrad-1"))
     assert differ(plain, ours) and differ(ours, added)
+
+
+def test_ssah_freezes_what_safety_needs_and_utility_does_not():
+    safety, utility = torch.tensor([5.0, 4.0, 3.0, 1.0]), torch.tensor([5.0, 1.0, 1.0, 1.0])
+    assert critical(safety, utility, 0.25).tolist() == [False, True, False, False], (
+        "not the largest, the most of its own"
+    )
+    assert critical(safety, utility, 0.5).tolist() == [False, True, True, False]
+
+
+def test_ssah_importance_is_the_rms_of_the_output_where_answers_are_predicted():
+    model, tokenizer = load_model(), load_tokenizer()
+    (row,) = tokenize_rows(alignment_dataset().select([0]), tokenizer)
+    name = "model.layers.1.mlp.gate_proj"
+    seen = []
+    handle = model.get_submodule(name).register_forward_hook(lambda module, inputs, output: seen.append(output[0]))
+    with torch.no_grad():
+        model(torch.tensor([row.input_ids]))
+    handle.remove()
+    expected = seen[0][row.answer_start - 1 : -1].square().mean(0).sqrt()
+    torch.testing.assert_close(importance(model, [row], tokenizer.pad_token_id)[name], expected)
+
+
+def test_ssah_leaves_the_share_of_rows_at_zero(tmp_path):
+    for layer in adapted_layers(trainer("ssah-0.3", tmp_path).model):
+        _, B = layer.parameters()
+        still = (B == 0).all(1).sum().item()
+        assert still == round(0.3 * len(B)), layer.name
