@@ -23,6 +23,7 @@ from agl_trl.trainer.anchor import Anchor
 
 from .asft import asft
 from .ideas import layer_importance, proximal, pseudo_replay
+from .kl_sft import kl_sft
 from .lookahead import lookahead, real, virtual
 from .lox import lox
 from .projection import projection
@@ -292,6 +293,9 @@ METHODS = {
     "safegrad-1": Method(safegrad(1.0), "SafeGrad", ROWS),
     "ssah-0.075": Method(ssah(0.075), "SSAH", ROWS),
     "ssah-0.3": Method(ssah(0.3), "SSAH", ROWS),
+    "kl-sft-0.1": Method(kl_sft(0.1), "KL on the task's rows", NOTHING),
+    "kl-sft-1": Method(kl_sft(1.0), "KL on the task's rows", NOTHING),
+    "dft-kl-0.1": Method(kl_sft(0.1, dft=True), "ASFT", NOTHING),
 }
 # On every protocol; the others are variants, on the first.
 CORE = (

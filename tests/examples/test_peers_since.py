@@ -5,6 +5,7 @@ import torch
 from agl_trl.data.alignment import tokenize_rows
 from agl_trl.miniworld import alignment_dataset, load_model, load_tokenizer, task_dataset
 from agl_trl.modeling.lora import adapted_layers
+from examples.benchmark.kl_sft import anchored, token_losses
 from examples.benchmark.methods import METHODS, Setting
 from examples.benchmark.safegrad import surgery
 from examples.benchmark.ssah import critical, importance
@@ -76,3 +77,37 @@ def test_ssah_leaves_the_share_of_rows_at_zero(tmp_path):
         _, B = layer.parameters()
         still = (B == 0).all(1).sum().item()
         assert still == round(0.3 * len(B)), layer.name
+
+
+def test_anchored_sft_is_this_sum_with_this_gradient():
+    torch.manual_seed(0)
+    logits, reference = torch.randn(2, 2, 4, 5, dtype=torch.float64).unbind()
+    logits.requires_grad_()
+    input_ids = torch.tensor([[0, 1, 2, 3], [4, 3, 2, 0]])
+    labels = torch.tensor([[-100, -100, 2, 3], [-100, 3, 2, -100]])
+    tokens = [(0, 1, 2), (0, 2, 3), (1, 0, 3), (1, 1, 2)]  # row, position that predicts, token
+    p, q = logits.softmax(-1), reference.softmax(-1)
+    nll = -torch.stack([p[row, at, token].log() for row, at, token in tokens])
+    kl = torch.stack([(q[row, at] * (q[row, at] / p[row, at]).log()).sum() for row, at, _ in tokens])
+    got = [part.double() for part in token_losses(logits, reference, input_ids, labels)]
+    torch.testing.assert_close(got, [nll, kl], rtol=1e-5, atol=1e-6)
+    for dft, weight in ((False, 1.0), (True, (-nll).exp().detach())):
+        expected = (weight * nll).mean() + 0.3 * kl.mean()
+        ours = anchored(*got, 0.3, dft)
+        torch.testing.assert_close(ours, expected, rtol=1e-5, atol=1e-6)
+        gradients = (torch.autograd.grad(part, logits, retain_graph=True)[0] for part in (ours, expected))
+        torch.testing.assert_close(*gradients, rtol=1e-4, atol=1e-6)
+
+
+def test_anchored_sft_without_coefficient_is_sft_and_the_reference_is_the_adapter_off(tmp_path):
+    setting = Setting(tmp_path, 0, 1, load_tokenizer(), task_dataset("steps").select(range(32)))
+    made = METHODS["kl-sft-1"].make(setting)
+    inputs = next(iter(made.get_train_dataloader()))
+    nll, kl = made.losses(inputs)
+    assert kl.abs().max() < 1e-5, "the adapter has not moved"
+    plain = METHODS["lora"].make(setting).compute_loss(made.model, inputs)
+    torch.testing.assert_close(nll.mean(), plain)
+    with torch.no_grad():
+        for layer in adapted_layers(made.model):
+            layer.parameters()[1].add_(0.01)
+    assert made.losses(inputs)[1].min() > 0
