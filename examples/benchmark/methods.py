@@ -26,6 +26,7 @@ from .ideas import layer_importance, proximal, pseudo_replay
 from .kl_sft import kl_sft
 from .lookahead import lookahead, real, virtual
 from .lox import lox
+from .orthogonal import oft, osf
 from .projection import projection
 from .safe_lora import safe_lora
 from .safegrad import safegrad
@@ -296,6 +297,9 @@ METHODS = {
     "kl-sft-0.1": Method(kl_sft(0.1), "KL on the task's rows", NOTHING),
     "kl-sft-1": Method(kl_sft(1.0), "KL on the task's rows", NOTHING),
     "dft-kl-0.1": Method(kl_sft(0.1, dft=True), "ASFT", NOTHING),
+    "oft": Method(oft(), "OFT", NOTHING),
+    "osf-0.5": Method(osf(0.5), "OSF", NOTHING),
+    "osf-0.9": Method(osf(0.9), "OSF", NOTHING),
 }
 # On every protocol; the others are variants, on the first.
 CORE = (

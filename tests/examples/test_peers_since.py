@@ -1,13 +1,17 @@
 """Training-time methods of the field since, against dense vectors or by hand."""
 
+import pytest
 import torch
 
+from agl_trl import FisherStatistics
 from agl_trl.data.alignment import tokenize_rows
+from agl_trl.drift.report import DriftReport
 from agl_trl.miniworld import alignment_dataset, load_model, load_tokenizer, task_dataset
 from agl_trl.modeling.lora import adapted_layers
 from examples.benchmark.kl_sft import anchored, token_losses
 from examples.benchmark.methods import METHODS, Setting
 from examples.benchmark.safegrad import surgery
+from examples.benchmark.setting import published_statistics
 from examples.benchmark.ssah import critical, importance
 
 
@@ -111,3 +115,24 @@ def test_anchored_sft_without_coefficient_is_sft_and_the_reference_is_the_adapte
         for layer in adapted_layers(made.model):
             layer.parameters()[1].add_(0.01)
     assert made.losses(inputs)[1].min() > 0
+
+
+NAME = "model.layers.1.mlp.gate_proj"
+
+
+@pytest.mark.parametrize("name", ["oft", "osf-0.5"])
+def test_orthogonal_adapters_keep_their_form_and_have_a_drift(name, tmp_path):
+    made, W = trainer(name, tmp_path, steps=2), load_model().get_submodule(NAME).weight.detach()
+    layer = made.model.get_base_model().get_submodule(NAME)
+    with torch.no_grad():
+        tuned = layer(torch.eye(W.shape[1])).mT
+    assert 1e-6 < (tuned - W).norm() / W.norm() < 0.5, "it has moved"
+    if name == "oft":  # lengths of the rows of W, and angles between them
+        assert (tuned @ tuned.mT - W @ W.mT).norm() < 0.05 * (W @ (tuned - W).mT).norm()
+    else:
+        U, S, Vt = torch.linalg.svd(W, full_matrices=False)
+        k = len(S) // 2
+        assert (U[:, :k].mT @ (tuned - W) @ Vt[:k].mT).norm() < 0.05 * (tuned - W).norm()
+    statistics = FisherStatistics.from_pretrained(published_statistics(tmp_path))
+    report = DriftReport.measure(made.model, statistics)
+    assert len(report.layers) == 28 and report.mean_relative_drift > 0
