@@ -22,6 +22,7 @@ from agl_trl.objective.covariance import LowRankCovariance
 from agl_trl.trainer.anchor import Anchor
 
 from .asft import asft
+from .guardspace import guardspace
 from .ideas import layer_importance, proximal, pseudo_replay
 from .kl_sft import kl_sft
 from .lookahead import lookahead, real, virtual
@@ -300,6 +301,8 @@ METHODS = {
     "oft": Method(oft(), "OFT", NOTHING),
     "osf-0.5": Method(osf(0.5), "OSF", NOTHING),
     "osf-0.9": Method(osf(0.9), "OSF", NOTHING),
+    "guardspace-0.95": Method(guardspace(0.95), "GuardSpace", STATISTICS),
+    "guardspace-0.8": Method(guardspace(0.8), "GuardSpace", STATISTICS),
 }
 # On every protocol; the others are variants, on the first.
 CORE = (

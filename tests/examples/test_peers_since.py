@@ -4,10 +4,12 @@ import pytest
 import torch
 
 from agl_trl import FisherStatistics
-from agl_trl.data.alignment import tokenize_rows
+from agl_trl.data.alignment import select_rows, tokenize_rows
 from agl_trl.drift.report import DriftReport
 from agl_trl.miniworld import alignment_dataset, load_model, load_tokenizer, task_dataset
 from agl_trl.modeling.lora import adapted_layers
+from agl_trl.objective.covariance import LowRankCovariance
+from examples.benchmark.guardspace import NullSpace, leading
 from examples.benchmark.kl_sft import anchored, token_losses
 from examples.benchmark.methods import METHODS, Setting
 from examples.benchmark.safegrad import surgery
@@ -136,3 +138,29 @@ def test_orthogonal_adapters_keep_their_form_and_have_a_drift(name, tmp_path):
     statistics = FisherStatistics.from_pretrained(published_statistics(tmp_path))
     report = DriftReport.measure(made.model, statistics)
     assert len(report.layers) == 28 and report.mean_relative_drift > 0
+
+
+def test_guardspace_takes_the_fewest_directions_that_hold_the_share():
+    Q = torch.linalg.qr(torch.randn(4, 4, generator=torch.Generator().manual_seed(0))).Q
+    X = LowRankCovariance(Q, torch.tensor([6.0, 3.0, 0.9, 0.1]), torch.zeros(()))
+    assert [leading(X, energy).shape[1] for energy in (0.5, 0.6, 0.61, 0.9, 0.95, 0.999)] == [1, 1, 2, 2, 3, 4]
+    assert torch.equal(leading(X, 0.9), Q[:, :2])
+
+
+def test_guardspace_keeps_the_update_from_what_unsafe_rows_put_in(tmp_path):
+    made = trainer("guardspace-0.8", tmp_path)
+    (callback,) = (c for c in made.callback_handler.callbacks if isinstance(c, NullSpace))
+    for layer in adapted_layers(made.model):
+        (A, B), U = layer.parameters(), callback.directions[layer.name]
+        assert 0 < U.shape[1] < U.shape[0]
+        assert (B @ (A @ U)).norm() < 1e-5 * (B @ A).norm(), layer.name
+        assert (B @ A).norm() > 0
+    # The directions are those of the inputs: on an unsafe row most of what goes in lies in them.
+    (row,) = tokenize_rows(select_rows(alignment_dataset(), 1, 0), load_tokenizer())
+    model, seen = load_model(), []
+    handle = model.get_submodule(NAME).register_forward_hook(lambda module, inputs, output: seen.append(inputs[0][0]))
+    with torch.no_grad():
+        model(torch.tensor([row.input_ids]))
+    handle.remove()
+    x = seen[0][1:]
+    assert (x @ callback.directions[NAME]).norm() ** 2 > 0.6 * x.norm() ** 2
