@@ -22,11 +22,15 @@ from agl_trl.objective.covariance import LowRankCovariance
 from agl_trl.trainer.anchor import Anchor
 
 from .asft import asft
+from .guardspace import guardspace
 from .ideas import layer_importance, proximal, pseudo_replay
+from .kl_sft import kl_sft
 from .lookahead import lookahead, real, virtual
 from .lox import lox
+from .orthogonal import oft, osf
 from .projection import projection
 from .safe_lora import safe_lora
+from .safegrad import safegrad
 from .salora import salora
 from .setting import (
     Setting,
@@ -38,6 +42,7 @@ from .setting import (
     reference_answers,
 )
 from .splora import splora
+from .ssah import ssah
 
 
 def plain(**changes: Any) -> Callable[[Setting], SFTTrainer]:
@@ -285,6 +290,19 @@ METHODS = {
     "ogpsa": Method(projection("ogpsa"), "OGPSA", ROWS, preferences=True),
     "lookahead-real": Method(lookahead(real), "LookAhead", NOTHING),
     "lookahead-virtual": Method(lookahead(virtual), "LookAhead, virtual", NOTHING, prefixed=True),
+    # Training-time methods of the field since.
+    "safegrad": Method(safegrad(), "SafeGrad", ROWS),
+    "safegrad-1": Method(safegrad(1.0), "SafeGrad", ROWS),
+    "ssah-0.075": Method(ssah(0.075), "SSAH", ROWS),
+    "ssah-0.3": Method(ssah(0.3), "SSAH", ROWS),
+    "kl-sft-0.1": Method(kl_sft(0.1), "KL on the task's rows", NOTHING),
+    "kl-sft-1": Method(kl_sft(1.0), "KL on the task's rows", NOTHING),
+    "dft-kl-0.1": Method(kl_sft(0.1, dft=True), "ASFT", NOTHING),
+    "oft": Method(oft(), "OFT", NOTHING),
+    "osf-0.5": Method(osf(0.5), "OSF", NOTHING),
+    "osf-0.9": Method(osf(0.9), "OSF", NOTHING),
+    "guardspace-0.95": Method(guardspace(0.95), "GuardSpace", STATISTICS),
+    "guardspace-0.8": Method(guardspace(0.8), "GuardSpace", STATISTICS),
 }
 # On every protocol; the others are variants, on the first.
 CORE = (
