@@ -28,6 +28,7 @@ from .lox import lox
 from .projection import projection
 from .safe_lora import safe_lora
 from .salora import salora
+from .screening import screening
 from .setting import (
     Setting,
     batch_nll,
@@ -285,6 +286,8 @@ METHODS = {
     "ogpsa": Method(projection("ogpsa"), "OGPSA", ROWS, preferences=True),
     "lookahead-real": Method(lookahead(real), "LookAhead", NOTHING),
     "lookahead-virtual": Method(lookahead(virtual), "LookAhead, virtual", NOTHING, prefixed=True),
+    # Methods on the data and at inference.
+    "similarity": Method(screening(), "similarity screening", ROWS),
 }
 # On every protocol; the others are variants, on the first.
 CORE = (
