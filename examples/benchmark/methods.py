@@ -38,6 +38,7 @@ from .setting import (
     published_statistics,
     reference_answers,
 )
+from .sot import sot
 from .splora import splora
 
 
@@ -120,10 +121,15 @@ class ReplayTrainer(SFTTrainer):
         return loss + self.coef * batch_nll(self.model, batch)
 
 
-def replay(coef: float = 0.2) -> Callable[[Setting], SFTTrainer]:
+def replay(coef: float = 0.2, own: bool = False) -> Callable[[Setting], SFTTrainer]:
+    """
+    With the given answers, or the model's own: safety data in the style of the model that is trained on it, as in DGR (arXiv
+    2602.02136), which has the target model rewrite reasoned refusals. Here it answers the bare request, since no row reasons.
+    """
+
     def make(setting: Setting) -> SFTTrainer:
         trainer = build(ReplayTrainer, SFTConfig(**common(setting)), setting)
-        rows, _ = protected_rows(setting.tokenizer, setting.seed)
+        rows, _ = protected_rows(setting.tokenizer, setting.seed, answered=load_model() if own else None)
         order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(setting.seed)).tolist()
         trainer.replay_rows = [rows[i] for i in order]
         trainer.coef = coef
@@ -288,6 +294,9 @@ METHODS = {
     "lookahead-virtual": Method(lookahead(virtual), "LookAhead, virtual", NOTHING, prefixed=True),
     # Methods on the data and at inference.
     "similarity": Method(screening(), "similarity screening", ROWS),
+    "sot": Method(sot(), "SOT", ROWS),
+    "replay-own": Method(replay(own=True), "replay, own answers", ROWS),
+    "replay-own-1": Method(replay(1.0, own=True), "replay, own answers", ROWS),
 }
 # On every protocol; the others are variants, on the first.
 CORE = (
