@@ -5,11 +5,12 @@ A method is a function from a [`Setting`] to a trainer. Baselines that are not p
 """
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from peft import LoraConfig, get_peft_model
+from peft import LoraConfig, PeftModel, get_peft_model
 from trl import DPOTrainer, SFTConfig, SFTTrainer
 
 from agl_trl import AGLSFTConfig, AGLSFTTrainer, FisherStatistics
@@ -40,6 +41,7 @@ from .setting import (
 )
 from .sot import sot
 from .splora import splora
+from .steering import alphasteer, scans
 
 
 def plain(**changes: Any) -> Callable[[Setting], SFTTrainer]:
@@ -215,6 +217,8 @@ class Method:
             Whether it can train on preferences too.
         prefixed (`bool`, *optional*, defaults to `False`):
             Whether it teaches to begin every answer with LookAhead's P, which the test then expects.
+        steer (`Callable`, *optional*):
+            Makes the context in which the trained model is evaluated: hooks that steer it at inference. By default nothing.
     """
 
     make: Callable[[Setting], SFTTrainer]
@@ -222,6 +226,7 @@ class Method:
     needs: str
     preferences: bool = False
     prefixed: bool = False
+    steer: Callable[[PeftModel, Setting], AbstractContextManager[None]] = lambda model, setting: nullcontext()
 
 
 ALL = dict(collision_coef=0.1, collision_rows=32)
@@ -297,6 +302,10 @@ METHODS = {
     "sot": Method(sot(), "SOT", ROWS),
     "replay-own": Method(replay(own=True), "replay, own answers", ROWS),
     "replay-own-1": Method(replay(1.0, own=True), "replay, own answers", ROWS),
+    "lora+scans": Method(plain(), "plain LoRA + SCANS", ROWS, preferences=True, steer=scans),
+    "lora+alphasteer": Method(plain(), "plain LoRA + AlphaSteer", ROWS, preferences=True, steer=alphasteer),
+    "agl+scans": Method(kl_budget(), "AGL + SCANS", ROWS, preferences=True, steer=scans),
+    "agl+alphasteer": Method(kl_budget(), "AGL + AlphaSteer", ROWS, preferences=True, steer=alphasteer),
 }
 # On every protocol; the others are variants, on the first.
 CORE = (

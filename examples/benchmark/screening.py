@@ -13,21 +13,14 @@ unsafe requests against look-alikes instead of harmful against safe conversation
 
 from collections.abc import Callable
 
-import torch
 from torch import Tensor
 from trl import SFTTrainer
 
 from agl_trl.data.alignment import tokenize_rows
 from agl_trl.miniworld import load_model
 
-from .representations import middle, prompt_states, protected_states
+from .representations import middle, prompt_states, protected_states, similarity
 from .setting import Setting, build, common
-
-
-def similarity(states: Tensor, unsafe: Tensor, safe: Tensor) -> Tensor:
-    """Cosine of states `(rows, d)`, seen from midway between the two means, with the direction from safe to unsafe."""
-    u, c = unsafe.mean(0), safe.mean(0)
-    return torch.cosine_similarity(states - (u + c) / 2, (u - c)[None])
 
 
 def kept_rows(scores: Tensor, share: float) -> list[int]:

@@ -6,8 +6,8 @@ from agl_trl.data.alignment import select_rows, tokenize_rows
 from agl_trl.miniworld import alignment_dataset, load_model, load_tokenizer, task_dataset
 from agl_trl.modeling.generation import generate_answers
 from examples.benchmark.methods import METHODS, Setting
-from examples.benchmark.representations import prompt_states
-from examples.benchmark.screening import kept_rows, similarity
+from examples.benchmark.representations import prompt_states, similarity
+from examples.benchmark.screening import kept_rows
 from examples.benchmark.sot import kept_weights, row_weights, sinkhorn
 
 
