@@ -24,6 +24,7 @@ from agl_trl.trainer.anchor import Anchor
 
 from .asft import asft
 from .ideas import layer_importance, proximal, pseudo_replay
+from .lapt import lapt
 from .lookahead import lookahead, real, virtual
 from .lox import lox
 from .projection import projection
@@ -306,6 +307,7 @@ METHODS = {
     "lora+alphasteer": Method(plain(), "plain LoRA + AlphaSteer", ROWS, preferences=True, steer=alphasteer),
     "agl+scans": Method(kl_budget(), "AGL + SCANS", ROWS, preferences=True, steer=scans),
     "agl+alphasteer": Method(kl_budget(), "AGL + AlphaSteer", ROWS, preferences=True, steer=alphasteer),
+    "lapt": Method(lapt(), "LAPT", ROWS),
 }
 # On every protocol; the others are variants, on the first.
 CORE = (
