@@ -5,11 +5,12 @@ A method is a function from a [`Setting`] to a trainer. Baselines that are not p
 """
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from peft import LoraConfig, get_peft_model
+from peft import LoraConfig, PeftModel, get_peft_model
 from trl import DPOTrainer, SFTConfig, SFTTrainer
 
 from agl_trl import AGLSFTConfig, AGLSFTTrainer, FisherStatistics
@@ -25,6 +26,7 @@ from .asft import asft
 from .guardspace import guardspace
 from .ideas import layer_importance, proximal, pseudo_replay
 from .kl_sft import kl_sft
+from .lapt import lapt
 from .lookahead import lookahead, real, virtual
 from .lox import lox
 from .orthogonal import oft, osf
@@ -32,6 +34,7 @@ from .projection import projection
 from .safe_lora import safe_lora
 from .safegrad import safegrad
 from .salora import salora
+from .screening import screening
 from .setting import (
     Setting,
     batch_nll,
@@ -41,8 +44,10 @@ from .setting import (
     published_statistics,
     reference_answers,
 )
+from .sot import sot
 from .splora import splora
 from .ssah import ssah
+from .steering import alphasteer, scans
 
 
 def plain(**changes: Any) -> Callable[[Setting], SFTTrainer]:
@@ -124,10 +129,15 @@ class ReplayTrainer(SFTTrainer):
         return loss + self.coef * batch_nll(self.model, batch)
 
 
-def replay(coef: float = 0.2) -> Callable[[Setting], SFTTrainer]:
+def replay(coef: float = 0.2, own: bool = False) -> Callable[[Setting], SFTTrainer]:
+    """
+    With the given answers, or the model's own: safety data in the style of the model that is trained on it, as in DGR (arXiv
+    2602.02136), which has the target model rewrite reasoned refusals. Here it answers the bare request, since no row reasons.
+    """
+
     def make(setting: Setting) -> SFTTrainer:
         trainer = build(ReplayTrainer, SFTConfig(**common(setting)), setting)
-        rows, _ = protected_rows(setting.tokenizer, setting.seed)
+        rows, _ = protected_rows(setting.tokenizer, setting.seed, answered=load_model() if own else None)
         order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(setting.seed)).tolist()
         trainer.replay_rows = [rows[i] for i in order]
         trainer.coef = coef
@@ -213,6 +223,8 @@ class Method:
             Whether it can train on preferences too.
         prefixed (`bool`, *optional*, defaults to `False`):
             Whether it teaches to begin every answer with LookAhead's P, which the test then expects.
+        steer (`Callable`, *optional*):
+            Makes the context in which the trained model is evaluated: hooks that steer it at inference. By default nothing.
     """
 
     make: Callable[[Setting], SFTTrainer]
@@ -220,6 +232,7 @@ class Method:
     needs: str
     preferences: bool = False
     prefixed: bool = False
+    steer: Callable[[PeftModel, Setting], AbstractContextManager[None]] = lambda model, setting: nullcontext()
 
 
 ALL = dict(collision_coef=0.1, collision_rows=32)
@@ -303,6 +316,16 @@ METHODS = {
     "osf-0.9": Method(osf(0.9), "OSF", NOTHING),
     "guardspace-0.95": Method(guardspace(0.95), "GuardSpace", STATISTICS),
     "guardspace-0.8": Method(guardspace(0.8), "GuardSpace", STATISTICS),
+    # Methods on the data and at inference.
+    "similarity": Method(screening(), "similarity screening", ROWS),
+    "sot": Method(sot(), "SOT", ROWS),
+    "replay-own": Method(replay(own=True), "replay, own answers", ROWS),
+    "replay-own-1": Method(replay(1.0, own=True), "replay, own answers", ROWS),
+    "lora+scans": Method(plain(), "plain LoRA + SCANS", ROWS, preferences=True, steer=scans),
+    "lora+alphasteer": Method(plain(), "plain LoRA + AlphaSteer", ROWS, preferences=True, steer=alphasteer),
+    "agl+scans": Method(kl_budget(), "AGL + SCANS", ROWS, preferences=True, steer=scans),
+    "agl+alphasteer": Method(kl_budget(), "AGL + AlphaSteer", ROWS, preferences=True, steer=alphasteer),
+    "lapt": Method(lapt(), "LAPT", ROWS),
 }
 # On every protocol; the others are variants, on the first.
 CORE = (

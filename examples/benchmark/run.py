@@ -60,11 +60,12 @@ def run_one(protocols: tuple[str, ...], method: str, seed: int, steps: int, fold
     for protocol in protocols:
         if PROTOCOLS[protocol].attack:
             attack(trainer, rule.tasks[0], seed)
-        _, run = evaluate(method, seed, trainer.model, tokenizer, prompts, expected, progress=False)
+        with METHODS[method].steer(trainer.model, setting):
+            _, run = evaluate(method, seed, trainer.model, tokenizer, prompts, expected, progress=False)
+            with torch.no_grad():
+                kl = references.kl(trainer.model)
         run.relative_drift = DriftReport.measure(trainer.model, yardstick).mean_relative_drift
         run.train_seconds = seconds
-        with torch.no_grad():
-            kl = references.kl(trainer.model)
         line = {
             "protocol": protocol,
             "steps": steps,

@@ -19,6 +19,7 @@ from agl_trl.fisher.calibration import calibrate
 from agl_trl.fisher.protected_rows import COMPLY, REFUSE
 from agl_trl.fisher.reference_answers import ReferenceAnswers
 from agl_trl.miniworld import alignment_dataset, load_model, load_tokenizer
+from agl_trl.modeling.generation import answered_by
 from agl_trl.modeling.lora import adapted_layers
 
 
@@ -105,12 +106,20 @@ def published_statistics(folder: Path) -> Path:
     return path
 
 
-def protected_rows(tokenizer: PreTrainedTokenizerBase, seed: int) -> tuple[list[AlignmentRow], list[str]]:
-    """The rows that AGL protects by default, tokenized, with their kinds: as many to refuse as to answer."""
+def protected_rows(
+    tokenizer: PreTrainedTokenizerBase, seed: int, *, answered: PreTrainedModel | None = None
+) -> tuple[list[AlignmentRow], list[str]]:
+    """
+    The rows that AGL protects by default, tokenized, with their kinds: as many to refuse as to answer. Their answers are the given
+    ones, or those of a model.
+    """
     rows: list[AlignmentRow] = []
     kinds: list[str] = []
     for kind, unsafe in ((REFUSE, True), (COMPLY, False)):
         selected = select_rows(alignment_dataset(), 64, seed, unsafe=unsafe)
+        if answered is not None:
+            asked = [{"prompt": row["prompt"]} for row in selected]
+            selected = answered_by(answered, tokenizer, asked, progress=False)
         rows += tokenize_rows(selected, tokenizer)
         kinds += [kind] * len(selected)
     return rows, kinds
