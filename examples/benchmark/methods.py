@@ -43,6 +43,7 @@ from .setting import (
 )
 from .splora import splora
 from .ssah import ssah
+from .star_dss import star_dss
 
 
 def plain(**changes: Any) -> Callable[[Setting], SFTTrainer]:
@@ -303,6 +304,8 @@ METHODS = {
     "osf-0.9": Method(osf(0.9), "OSF", NOTHING),
     "guardspace-0.95": Method(guardspace(0.95), "GuardSpace", STATISTICS),
     "guardspace-0.8": Method(guardspace(0.8), "GuardSpace", STATISTICS),
+    "star-dss-1": Method(star_dss(1.0), "STAR-DSS", PAIR),
+    "star-dss-5": Method(star_dss(5.0), "STAR-DSS", PAIR),
 }
 # On every protocol; the others are variants, on the first.
 CORE = (
