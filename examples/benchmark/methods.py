@@ -48,6 +48,7 @@ from .sot import sot
 from .splora import splora
 from .ssah import ssah
 from .steering import alphasteer, scans
+from .star_dss import star_dss
 
 
 def plain(**changes: Any) -> Callable[[Setting], SFTTrainer]:
@@ -326,6 +327,8 @@ METHODS = {
     "agl+scans": Method(kl_budget(), "AGL + SCANS", ROWS, preferences=True, steer=scans),
     "agl+alphasteer": Method(kl_budget(), "AGL + AlphaSteer", ROWS, preferences=True, steer=alphasteer),
     "lapt": Method(lapt(), "LAPT", ROWS),
+    "star-dss-1": Method(star_dss(1.0), "STAR-DSS", PAIR),
+    "star-dss-5": Method(star_dss(5.0), "STAR-DSS", PAIR),
 }
 # On every protocol; the others are variants, on the first.
 CORE = (

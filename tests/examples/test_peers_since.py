@@ -15,6 +15,7 @@ from examples.benchmark.methods import METHODS, Setting
 from examples.benchmark.safegrad import surgery
 from examples.benchmark.setting import published_statistics
 from examples.benchmark.ssah import critical, importance
+from examples.benchmark.star_dss import scored, scores
 
 
 def trainer(name, tmp_path, steps=3):
@@ -164,3 +165,24 @@ def test_guardspace_keeps_the_update_from_what_unsafe_rows_put_in(tmp_path):
     handle.remove()
     x = seen[0][1:]
     assert (x @ callback.directions[NAME]).norm() ** 2 > 0.6 * x.norm() ** 2
+
+
+def test_star_scores_are_of_the_answer_so_far_and_end_with_its_beginning():
+    ratio = torch.tensor([[9.0, -1.0, -2.0, 0.5, 0.0, -4.0, -50.0], [1.0, 1.0, 9.0, 9.0, 9.0, 9.0, 9.0]])
+    mask = torch.tensor([[0, 1, 1, 1, 1, 1, 1], [1, 1, 0, 0, 0, 0, 0]]).bool()
+    so_far = torch.tensor([-1.0, -3.0, -2.5, -2.5, -6.5, -6.5, 1.0, 2.0])
+    torch.testing.assert_close(scores(ratio, mask, 5.0), torch.sigmoid(5 + so_far))
+    nll, kl, score = torch.tensor([2.0, 4.0]), torch.tensor([0.5, 1.0]), torch.tensor([1.0, 0.25])
+    assert scored(nll, kl, score, 2.0).item() == (2 + 0.25 * 4 + 0.75 * 2 * 1) / 2
+
+
+def test_star_guard_finds_hostile_rows_unsafe_and_benign_ones_safe(tmp_path):
+    clean, mixed = task_dataset("steps"), task_dataset("steps", hostile=0.3, seed=0)
+    hostile = [i for i, (one, other) in enumerate(zip(clean, mixed, strict=True)) if one != other][:32]
+    means = []
+    for rows in (clean.select(range(32)), mixed.select(hostile)):
+        made = METHODS["star-dss-1"].make(Setting(tmp_path, 0, 1, load_tokenizer(), rows))
+        inputs = next(iter(made.get_train_dataloader()))
+        means.append(made.guard(inputs).mean().item())
+        assert made.compute_loss(made.model, inputs).requires_grad
+    assert means[0] > 0.8 and means[1] < 0.2, means
