@@ -22,6 +22,7 @@ from agl_trl.modeling.lora import base_weight, linear_layers
 from agl_trl.objective.covariance import LowRankCovariance
 from agl_trl.trainer.anchor import Anchor
 
+from .alphasteer import alphasteer
 from .asft import asft
 from .ideas import layer_importance, proximal, pseudo_replay
 from .lapt import lapt
@@ -30,6 +31,7 @@ from .lox import lox
 from .projection import projection
 from .safe_lora import safe_lora
 from .salora import salora
+from .scans import scans
 from .screening import screening
 from .setting import (
     Setting,
@@ -42,7 +44,6 @@ from .setting import (
 )
 from .sot import sot
 from .splora import splora
-from .steering import alphasteer, scans
 
 
 def plain(**changes: Any) -> Callable[[Setting], SFTTrainer]:
