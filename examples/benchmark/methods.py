@@ -22,6 +22,7 @@ from agl_trl.modeling.lora import base_weight, linear_layers
 from agl_trl.objective.covariance import LowRankCovariance
 from agl_trl.trainer.anchor import Anchor
 
+from .alphasteer import alphasteer
 from .asft import asft
 from .guardspace import guardspace
 from .ideas import layer_importance, proximal, pseudo_replay
@@ -34,6 +35,7 @@ from .projection import projection
 from .safe_lora import safe_lora
 from .safegrad import safegrad
 from .salora import salora
+from .scans import scans
 from .screening import screening
 from .setting import (
     Setting,
@@ -47,7 +49,6 @@ from .setting import (
 from .sot import sot
 from .splora import splora
 from .ssah import ssah
-from .steering import alphasteer, scans
 from .star_dss import star_dss
 
 

@@ -1,16 +1,19 @@
-"""Methods by the area that they dominate in the plane of drift and task loss."""
+"""Families of methods by the area that as many points of each dominate in the plane of drift and task loss."""
 
 import math
 import statistics as stats
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
+from itertools import combinations
 
 from .methods import METHODS
 
 
 Results = dict[tuple[str, str], list[dict]]
+Point = tuple[float, float]
+DRAWN = 3  # points of a family that are compared; more of them dominate more, whatever the method
 
 
-def hypervolume(points: Iterable[tuple[float, float]]) -> float:
+def hypervolume(points: Iterable[Point]) -> float:
     """
     Area of the unit square that is dominated by points `(x, y)`, both better when smaller, against the corner (1, 1):
     `|∪ [x_i, 1] × [y_i, 1]|`. Coordinates are cut to [0, 1].
@@ -23,14 +26,19 @@ def hypervolume(points: Iterable[tuple[float, float]]) -> float:
     return area
 
 
+def expected_hypervolume(points: Sequence[Point], k: int = DRAWN) -> float:
+    """Mean hypervolume of k points drawn without replacement, over all ways to draw them; of all where there are fewer."""
+    return stats.mean(hypervolume(drawn) for drawn in combinations(points, min(k, len(points))))
+
+
 def share(value: float, best: float, worst: float) -> float:
     """`ln(value / best) / ln(worst / best)`: 0 at the best, 1 at the worst."""
     return math.log(value / best) / math.log(worst / best)
 
 
-def volumes(results: Results, protocol: str, aligned: dict) -> dict[str, float]:
+def family_points(results: Results, protocol: str, aligned: dict) -> dict[str, list[Point]]:
     """
-    Hypervolume of every family of methods in one protocol, from the means over seeds.
+    Drift and task loss of the methods of every family in one protocol, from the means over seeds.
 
     Drift is the NLL of held-out refusals: 0 at the aligned model's, 1 at plain LoRA's (a protocol in which plain LoRA loses
     nothing has no ranking). Task loss is the task's NLL: 0 at the best of all methods, 1 at the aligned model's. Both are on a log
@@ -44,16 +52,19 @@ def volumes(results: Results, protocol: str, aligned: dict) -> dict[str, float]:
     if "lora" not in means or means["lora"]["unsafe_nll"] <= aligned["unsafe_nll"]:
         return {}
     best = min(mean["task_nll"] for mean in means.values())
-    points: dict[str, list[tuple[float, float]]] = {}
+    points: dict[str, list[Point]] = {}
     for name, mean in means.items():
         drift = share(mean["unsafe_nll"], aligned["unsafe_nll"], means["lora"]["unsafe_nll"])
         points.setdefault(METHODS[name].family, []).append((drift, share(mean["task_nll"], best, aligned["task_nll"])))
-    return {family: hypervolume(of_family) for family, of_family in points.items()}
+    return points
 
 
 def ranking(results: Results, aligned: dict[str, dict]) -> str:
-    """Markdown table of hypervolumes by family and protocol, by the mean over the protocols that all of them ran."""
-    by_protocol = {protocol: volumes(results, protocol, line) for protocol, line in aligned.items()}
+    """
+    Markdown table by family and protocol, by the mean over the protocols that all of them ran: the expected hypervolume of three
+    points, that of one, and how many points there were to draw from.
+    """
+    by_protocol = {protocol: family_points(results, protocol, line) for protocol, line in aligned.items()}
     by_protocol = {protocol: found for protocol, found in by_protocol.items() if found}
     families = {family for found in by_protocol.values() for family in found}
     shared = [
@@ -62,17 +73,27 @@ def ranking(results: Results, aligned: dict[str, dict]) -> str:
         if not p.startswith("dpo") and {METHODS[m].family for m in _core(results)} <= {*by_protocol[p]}
     ]
     full = {f for f in families if shared and all(f in by_protocol[p] for p in shared)}
-    mean = {family: stats.mean(by_protocol[p][family] for p in shared) for family in full}
+    mean, alone = (
+        {family: stats.mean(expected_hypervolume(by_protocol[p][family], k) for p in shared) for family in full}
+        for k in (DRAWN, 1)
+    )
     lines = [
-        "| rank | family | methods | mean | " + " | ".join(by_protocol) + " |",
+        f"| rank | family | mean, {DRAWN} points | mean, 1 point | " + " | ".join(by_protocol) + " |",
         "|---" * (4 + len(by_protocol)) + "|",
     ]
-    for rank, family in enumerate(sorted(full, key=lambda f: -mean[f]) + sorted(families - full), 1):
-        cells = [f"{by_protocol[p][family]:.3f}" if family in by_protocol[p] else "–" for p in by_protocol]
-        count = len({name for _, name in results if METHODS[name].family == family})
-        head = f"{rank} | {family} | {count} | {mean[family]:.3f}" if family in full else f"– | {family} | {count} | –"
+    for rank, family in enumerate(sorted(full, key=lambda f: (-mean[f], f)) + sorted(families - full), 1):
+        cells = [_cell(by_protocol[p].get(family, [])) for p in by_protocol]
+        if family in full:
+            head = f"{rank} | {family} | {mean[family]:.3f} | {alone[family]:.3f}"
+        else:
+            head = f"– | {family} | – | –"
         lines.append(f"| {head} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
+
+
+def _cell(points: Sequence[Point]) -> str:
+    """Expected hypervolume, and of how many points they were drawn."""
+    return f"{expected_hypervolume(points):.3f} ({len(points)})" if points else "–"
 
 
 def _core(results: Results) -> set[str]:

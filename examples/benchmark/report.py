@@ -32,6 +32,9 @@ COLUMNS = {
 }
 
 
+MARKERS = "os^DvP*X<>"  # one for every ten families, which share the colours
+
+
 def load(folder: Path, steps: int) -> dict[tuple[str, str], list[dict]]:
     """Runs of `steps` steps by protocol and method, each with its task gain and time relative to plain LoRA of its seed."""
     results: dict[tuple[str, str], list[dict]] = defaultdict(list)
@@ -101,7 +104,7 @@ def curves(results: dict[tuple[str, str], list[dict]], protocols: list[str]) -> 
                 ]
                 if points:
                     means = sorted((stats.mean(x for x, _ in p), stats.mean(y for _, y in p), p) for p in points)
-                    color, marker = colormaps["tab10"](number % 10), "os^D"[number // 10]
+                    color, marker = colormaps["tab10"](number % 10), MARKERS[number // 10]
                     line = [[m[i] for m in means] for i in (0, 1)]
                     panel.plot(*line, f"{marker}-", color=color, label=family, markersize=5)
                     for x, y, p in means:
@@ -148,8 +151,9 @@ def write_report(folder: Path, steps: int) -> None:
     rank = (
         "## Ranking\n\nShare of the plane of drift and task loss that a family of methods dominates, larger is better: drift is the "
         "NLL of held-out refusals from the aligned model's (0) to plain LoRA's (1), task loss the task's NLL from the best method's "
-        "(0) to the aligned model's (1), both on a log scale, cut at 0 and 1. A family with several strengths has several points, "
-        "and so more area.\n\n"
+        "(0) to the aligned model's (1), both on a log scale, cut at 0 and 1. More points dominate more, so "
+        "families are compared by three points each: the mean over all ways to draw three methods from a family, or all that it has "
+        "where they are fewer; how many it has in a protocol stands in brackets, and the mean of a single point beside it.\n\n"
     )
     text = [head, rank + ranking(results, aligned_lines(folder))]
     text += [f"## {protocol}\n\n{table(results, protocol)}" for protocol in protocols]

@@ -1,17 +1,6 @@
 """
 Steering at inference: hidden states are moved while the model answers, by hooks that leave all weights as they are, so that it
-stacks on any adapter. Directions are taken from the tuned model's states on the protected rows.
-
-- `scans` (SCANS, arXiv 2408.11491): `h ← h ± α v` in the middle layers, `v = mean(h | unsafe) − mean(h | safe)`; + where the
-  prompt's states lie on the unsafe side, − otherwise.
-- `alphasteer` (AlphaSteer, arXiv 2506.07022): `h ← h + α h D` with `D = P D̃`, `D̃ = (XᵀX + λ PᵀP)⁺ XᵀR`, `X = H_unsafe P`, P the
-  projector onto the half of the eigenvectors of `H_safeᵀ H_safe` with the smallest eigenvalues, and v in every row of R.
-
-Faithful: both formulas, SCANS' extra forward pass for every prompt, AlphaSteer's null space and ridge regression. Inferred: SCANS
-classifies by the step of the states to an appended word, here by the prompt's last states (sum of cosines over the steered layers,
-seen from midway), and has v of length 3.5, here as long as the difference; both steer from the end of the prompt on, with α = 1.
-AlphaSteer's λ, which is 10 for large models, is a tenth of the mean eigenvalue of `XᵀX` in the null space. Its safe states are
-those of look-alikes and of as many training rows, of all their answers' tokens.
+stacks on any adapter.
 """
 
 from collections.abc import Callable, Iterator
@@ -21,12 +10,6 @@ import torch
 from peft import PeftModel
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
-
-from agl_trl.data.alignment import tokenize_rows
-from agl_trl.fisher.protected_rows import COMPLY
-
-from .representations import answer_states, protected_states, similarity
-from .setting import Setting, protected_rows
 
 
 Shift = Callable[[int, Tensor, Tensor], Tensor]
@@ -99,45 +82,3 @@ def steering(model: PeftModel, opening: list[int], shift: Shift) -> Iterator[Non
     finally:
         for hook in hooks:
             hook.remove()
-
-
-def scans_shift(unsafe: Tensor, safe: Tensor, layers: range, strength: float = 1.0) -> Shift:
-    """Towards refusal for prompts on the unsafe side, away from it for others; states of shape `(layers, rows, d)`."""
-
-    def shift(layer: int, output: Tensor, prompt: Tensor) -> Tensor:
-        score = torch.stack([similarity(prompt[i], unsafe[i], safe[i]) for i in layers]).sum(0)
-        return strength * score.sign()[:, None, None] * (unsafe[layer].mean(0) - safe[layer].mean(0))
-
-    return shift
-
-
-def null_space_map(
-    unsafe: Tensor, safe: Tensor, direction: Tensor, *, ratio: float = 0.5, ridge: float = 0.1
-) -> Tensor:
-    """D of shape `(d, d)`, from states `(rows, d)`, in a basis of the null space, where `PᵀP` is the identity."""
-    _, vectors = torch.linalg.eigh(safe.mT @ safe)  # ascending
-    Q = vectors[:, : round(ratio * len(vectors))]
-    Z = unsafe @ Q
-    gram = Z.mT @ Z
-    penalty = ridge * gram.trace() / len(gram) * torch.eye(len(gram), dtype=gram.dtype)
-    return Q @ torch.linalg.solve(gram + penalty, Z.mT @ direction.expand(len(Z), -1))
-
-
-def scans(model: PeftModel, setting: Setting):
-    """The context in which a model answers under SCANS."""
-    unsafe, safe = protected_states(model, setting.tokenizer, setting.seed)
-    return steering(model, answer_opening(setting.tokenizer), scans_shift(unsafe, safe, steered_layers(model)))
-
-
-def alphasteer(model: PeftModel, setting: Setting):
-    """The context in which a model answers under AlphaSteer."""
-    tokenizer = setting.tokenizer
-    unsafe, safe = protected_states(model, tokenizer, setting.seed)
-    rows, kinds = protected_rows(tokenizer, setting.seed)
-    benign = [row for row, kind in zip(rows, kinds, strict=True) if kind == COMPLY]
-    benign += tokenize_rows(setting.train.select(range(min(len(benign), len(setting.train)))), tokenizer)
-    states = answer_states(model, tokenizer, benign)
-    maps = {
-        i: null_space_map(unsafe[i], states[i], unsafe[i].mean(0) - safe[i].mean(0)) for i in steered_layers(model)
-    }
-    return steering(model, answer_opening(tokenizer), lambda layer, output, _: output @ maps[layer])

@@ -17,7 +17,7 @@ from examples.benchmark import __main__ as benchmark
 from examples.benchmark import ideas, methods
 from examples.benchmark.methods import METHODS, Setting
 from examples.benchmark.protocols import PROTOCOLS, trained_alike, training_rows
-from examples.benchmark.ranking import hypervolume, share
+from examples.benchmark.ranking import expected_hypervolume, hypervolume, ranking, share
 from examples.benchmark.setting import PUBLISHED, published_statistics
 from tests.helpers.processes import ROOT
 
@@ -81,6 +81,34 @@ def test_hypervolume_by_hand():
     assert hypervolume([(0.5, 0.8), (0.6, 0.9)]) == pytest.approx(0.1), "a dominated point adds nothing"
     assert hypervolume([(-3.0, -1.0)]) == 1 and hypervolume([(1.5, 0.0), (0.0, 1.5)]) == 0 == hypervolume([])
     assert share(0.1, 0.01, 1.0) == pytest.approx(0.5)
+
+
+def test_expected_hypervolume_by_hand():
+    """Two of three points: areas alone 0.25, 0.16 and 0.16; the last two share 0.04, and both share 0.1 with the first."""
+    points = [(0.5, 0.5), (0.2, 0.8), (0.8, 0.2)]
+    pairs = [0.25 + 0.16 - 0.1, 0.25 + 0.16 - 0.1, 0.16 + 0.16 - 0.04]
+    assert expected_hypervolume(points, 2) == pytest.approx(sum(pairs) / 3)
+    assert expected_hypervolume(points, 1) == pytest.approx((0.25 + 0.16 + 0.16) / 3)
+    assert expected_hypervolume(points) == pytest.approx(hypervolume(points)) == pytest.approx(0.25 + 2 * 0.06)
+    assert expected_hypervolume(points[:1]) == pytest.approx(0.25), "all, where a family has fewer"
+    assert expected_hypervolume(points * 2, 3) < hypervolume(points), "the number of points is no merit"
+
+
+def test_ranking_compares_equal_numbers_of_points():
+    """On log scales from 0.01 to 1: drift of `lora` 1, of all others 0.5; four strengths of AGL's penalty against one EWC."""
+
+    def result(drift: float, loss: float) -> list[dict]:
+        return [{"unsafe_nll": 0.01 ** (1 - drift), "task_nll": 0.01 ** (1 - loss)}]
+
+    results = {("steps", "lora"): result(1.0, 0.0), ("steps", "ewc-1e4"): result(0.5, 0.5)}
+    results |= {("steps", f"agl-{c}"): result(0.5, 0.5 + 0.1 * i) for i, c in enumerate(("0.3", "1", "3", "10"))}
+    table = ranking(results, {"steps": {"unsafe_nll": 0.01, "task_nll": 1.0}})
+    rows = [line.strip("| ").split(" | ") for line in table.splitlines()[2:]]
+    # Three of four: the best is drawn in 3 of 4 draws, else the second.
+    three, one = (3 * 0.25 + 0.2) / 4, 0.5 * (0.5 + 0.4 + 0.3 + 0.2) / 4
+    assert rows[0] == ["1", "EWC", "0.250", "0.250", "0.250 (1)"]
+    assert rows[1] == ["2", "AGL penalty", f"{three:.3f}", f"{one:.3f}", f"{three:.3f} (4)"]
+    assert rows[2] == ["3", "plain LoRA", "0.000", "0.000", "0.000 (1)"]
 
 
 @pytest.mark.parametrize("protocol", ["hostile-1", "hostile-30", "identity", "three-tasks", "attack"])

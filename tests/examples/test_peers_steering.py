@@ -6,13 +6,13 @@ import torch
 from agl_trl.data.alignment import tokenize_rows
 from agl_trl.miniworld import heldout_prompts, load_tokenizer, task_dataset
 from agl_trl.modeling.generation import answer_nll, generate_answers
+from examples.benchmark.alphasteer import null_space_map
 from examples.benchmark.methods import METHODS, Setting
 from examples.benchmark.representations import answer_states, prompt_states
+from examples.benchmark.scans import scans_shift
 from examples.benchmark.steering import (
     answer_opening,
-    null_space_map,
     prompt_ends,
-    scans_shift,
     steered_layers,
     steering,
 )
