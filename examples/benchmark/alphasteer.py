@@ -38,8 +38,8 @@ def null_space_map(
     return Q @ torch.linalg.solve(gram + penalty, Z.mT @ direction.expand(len(Z), -1))
 
 
-def alphasteer(model: PeftModel, setting: Setting) -> AbstractContextManager[None]:
-    """The context in which a model answers under AlphaSteer."""
+def alphasteer(model: PeftModel, setting: Setting, strength: float = 1.0) -> AbstractContextManager[None]:
+    """The context in which a model answers under AlphaSteer, with α."""
     tokenizer = setting.tokenizer
     unsafe, safe = protected_states(model, tokenizer, setting.seed)
     rows, kinds = protected_rows(tokenizer, setting.seed)
@@ -49,4 +49,4 @@ def alphasteer(model: PeftModel, setting: Setting) -> AbstractContextManager[Non
     maps = {
         i: null_space_map(unsafe[i], states[i], unsafe[i].mean(0) - safe[i].mean(0)) for i in steered_layers(model)
     }
-    return steering(model, answer_opening(tokenizer), lambda layer, output, _: output @ maps[layer])
+    return steering(model, answer_opening(tokenizer), lambda layer, output, _: strength * output @ maps[layer])

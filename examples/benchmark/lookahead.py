@@ -24,10 +24,10 @@ PREFIX = "Let's solve this problem. "
 TOKENS = 6
 
 
-def real(row: dict[str, Any], tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
+def real(row: dict[str, Any], tokenizer: PreTrainedTokenizerBase, tokens: int = TOKENS) -> dict[str, Any]:
     """A conversational row whose prompt shows the first tokens of its answer."""
-    tokens = tokenizer(row["completion"][0]["content"], add_special_tokens=False)["input_ids"][:TOKENS]
-    return {"prompt": _shown(row, tokenizer.decode(tokens)), "completion": row["completion"]}
+    ids = tokenizer(row["completion"][0]["content"], add_special_tokens=False)["input_ids"][:tokens]
+    return {"prompt": _shown(row, tokenizer.decode(ids)), "completion": row["completion"]}
 
 
 def virtual(row: dict[str, Any], tokenizer: PreTrainedTokenizerBase | None = None) -> dict[str, Any]:

@@ -1,29 +1,19 @@
 """
-The methods that are compared: what each changes in an otherwise equal run, and what data it needs.
-
-A method is a function from a [`Setting`] to a trainer. Baselines that are not part of the package are written out here.
+The methods that are compared: what each changes in an otherwise equal run, and what data it needs. A family has three strengths where
+its method has one to choose; of strengths that the source does not say, those around the inferred one.
 """
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from typing import Any
+from functools import partial
 
-import torch
-from peft import LoraConfig, PeftModel, get_peft_model
-from trl import DPOTrainer, SFTConfig, SFTTrainer
-
-from agl_trl import AGLSFTConfig, AGLSFTTrainer, FisherStatistics
-from agl_trl.data.alignment import batches, select_rows, tokenize_row
-from agl_trl.experiments.demo import LORA
-from agl_trl.fisher.reference_answers import ReferenceAnswers
-from agl_trl.miniworld import alignment_dataset, load_model
-from agl_trl.modeling.lora import base_weight, linear_layers
-from agl_trl.objective.covariance import LowRankCovariance
-from agl_trl.trainer.anchor import Anchor
+from peft import PeftModel
+from trl import SFTTrainer
 
 from .alphasteer import alphasteer
 from .asft import asft
+from .baselines import agl, calibrated, ewc, kl, kl_budget, l2, plain, replay
 from .guardspace import guardspace
 from .ideas import layer_importance, proximal, pseudo_replay
 from .kl_sft import kl_sft
@@ -31,184 +21,17 @@ from .lapt import lapt
 from .lookahead import lookahead, real, virtual
 from .lox import lox
 from .orthogonal import oft, osf
-from .projection import projection
+from .projection import ogpsa_projection, spf_projection
 from .safe_lora import safe_lora
 from .safegrad import safegrad
 from .salora import salora
 from .scans import scans
 from .screening import screening
-from .setting import (
-    Setting,
-    batch_nll,
-    build,
-    common,
-    protected_rows,
-    published_statistics,
-    reference_answers,
-)
+from .setting import Setting
 from .sot import sot
 from .splora import splora
 from .ssah import ssah
 from .star_dss import star_dss
-
-
-def plain(**changes: Any) -> Callable[[Setting], SFTTrainer]:
-    def make(setting: Setting) -> SFTTrainer | DPOTrainer:
-        trainer_class, config_class = setting.plain
-        return build(trainer_class, config_class(**common(setting, **changes)), setting)
-
-    return make
-
-
-def agl(**options: Any) -> Callable[[Setting], SFTTrainer]:
-    """AGL from published statistics alone: the alignment rows are in the run only where the anchor needs them."""
-    options = dict(alignment_coef=3.0) | options
-
-    def make(setting: Setting) -> SFTTrainer | DPOTrainer:
-        trainer_class, config_class = setting.agl
-        if {"anchor_coef", "variant", "fisher_shrinkage"} & {*options}:
-            data = dict(alignment_dataset=alignment_dataset())
-            return build(trainer_class, config_class(**common(setting, **options)), setting, **data)
-        path = published_statistics(setting.folder)
-        return build(trainer_class, config_class(**common(setting, fisher_path=str(path), **options)), setting)
-
-    return make
-
-
-def kl_budget(budget: float | None = None, **options: Any) -> Callable[[Setting], SFTTrainer]:
-    """AGL as it is by default: a budget on the KL on protected rows, of which refusals and look-alikes are in the run."""
-
-    def make(setting: Setting) -> SFTTrainer | DPOTrainer:
-        trainer_class, config_class = setting.agl
-        args = config_class(**common(setting, kl_budget=budget, **options))
-        return build(trainer_class, args, setting, alignment_dataset=alignment_dataset())
-
-    return make
-
-
-def calibrated(budget: float) -> Callable[[Setting], SFTTrainer]:
-    """AGL from published statistics alone: a KL budget that their curve translates into one on the relative drift."""
-
-    def make(setting: Setting) -> SFTTrainer | DPOTrainer:
-        trainer_class, config_class = setting.agl
-        path = published_statistics(setting.folder)
-        return build(trainer_class, config_class(**common(setting, fisher_path=str(path), kl_budget=budget)), setting)
-
-    return make
-
-
-def l2(coef: float) -> Callable[[Setting], SFTTrainer]:
-    """Plain shrinkage `‖ΔW‖²_Frob / ‖W‖²_Frob`: the same penalty with the identity for a metric."""
-
-    def make(setting: Setting) -> SFTTrainer:
-        path = published_statistics(setting.folder)
-        statistics = FisherStatistics.from_pretrained(path)
-        for name, X in statistics.inputs.items():
-            ones = torch.ones_like(X.eigenvalues)
-            statistics.inputs[name] = LowRankCovariance(X.eigenvectors.float(), ones, torch.ones(()))
-        layers = linear_layers(get_peft_model(load_model(), LoraConfig(**LORA)))
-        statistics.weight_norm = {name: base_weight(module).norm() for name, module in layers.items()}
-        statistics.save_pretrained(path)
-        args = AGLSFTConfig(**common(setting, fisher_path=str(path), alignment_coef=coef))
-        return build(AGLSFTTrainer, args, setting)
-
-    return make
-
-
-class ReplayTrainer(SFTTrainer):
-    """Safety replay: a few protected rows in every step, as part of the loss."""
-
-    coef, rows_per_step = 0.2, 1
-
-    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
-        loss = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
-        if not self.model.training:
-            return loss
-        rows = self.replay_rows
-        start = self.state.global_step * self.rows_per_step
-        chosen = [rows[(start + i) % len(rows)] for i in range(self.rows_per_step)]
-        (batch,) = batches(chosen, len(chosen), self.processing_class.pad_token_id, self.model.device)
-        return loss + self.coef * batch_nll(self.model, batch)
-
-
-def replay(coef: float = 0.2, own: bool = False) -> Callable[[Setting], SFTTrainer]:
-    """
-    With the given answers, or the model's own: safety data in the style of the model that is trained on it, as in DGR (arXiv
-    2602.02136), which has the target model rewrite reasoned refusals. Here it answers the bare request, since no row reasons.
-    """
-
-    def make(setting: Setting) -> SFTTrainer:
-        trainer = build(ReplayTrainer, SFTConfig(**common(setting)), setting)
-        rows, _ = protected_rows(setting.tokenizer, setting.seed, answered=load_model() if own else None)
-        order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(setting.seed)).tolist()
-        trainer.replay_rows = [rows[i] for i in order]
-        trainer.coef = coef
-        return trainer
-
-    return make
-
-
-class KLTrainer(SFTTrainer):
-    """KL to the reference model on rows to refuse and to answer, in every step: those that AGL has, mean over rows, weight 1."""
-
-    rows_per_step = 16
-    references: ReferenceAnswers
-
-    def training_step(self, *args: Any, **kwargs: Any) -> torch.Tensor:
-        loss = super().training_step(*args, **kwargs)
-        anchor = Anchor(self.references, 1, self.rows_per_step, self.args.seed)
-        self.accelerator.backward(anchor.kl(self.model, "alignment", self.state.global_step)[0])
-        return loss
-
-
-def kl() -> Callable[[Setting], SFTTrainer]:
-    def make(setting: Setting) -> SFTTrainer:
-        trainer = build(KLTrainer, SFTConfig(**common(setting)), setting)
-        trainer.references = reference_answers(trainer.model, setting.tokenizer, setting.seed)
-        return trainer
-
-    return make
-
-
-class EWCTrainer(SFTTrainer):
-    """
-    Elastic weight consolidation on the LoRA factors: `λ Σ F_i (θ_i − θ_i⁰)²` with F the squared gradient of the alignment
-    rows' likelihood at the start, row by row. With B = 0 at the start only B has a gradient, so only B is held.
-    """
-
-    coef = 1e4
-
-    def prepare(self, rows: list[dict[str, Any]]) -> None:
-        self.start = {n: p.detach().clone() for n, p in self.model.named_parameters() if p.requires_grad}
-        self.fisher = {n: torch.zeros_like(p) for n, p in self.start.items()}
-        tokenized = [tokenize_row(row, self.processing_class) for row in rows]
-        self.model.eval()
-        for batch in batches(tokenized, 1, self.processing_class.pad_token_id, self.model.device):
-            batch_nll(self.model, batch).backward()
-            for name, parameter in self.model.named_parameters():
-                if parameter.requires_grad:
-                    self.fisher[name] += parameter.grad.square()
-            self.model.zero_grad()
-        self.model.train()
-
-    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
-        loss = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
-        moved = [
-            (self.fisher[n] * (p - self.start[n]).square()).sum()
-            for n, p in self.model.named_parameters()
-            if p.requires_grad
-        ]
-        return loss + self.coef * torch.stack(moved).sum()
-
-
-def ewc(coef: float) -> Callable[[Setting], SFTTrainer]:
-    def make(setting: Setting) -> SFTTrainer:
-        trainer = build(EWCTrainer, SFTConfig(**common(setting)), setting)
-        trainer.coef = coef
-        trainer.prepare(select_rows(alignment_dataset(), None, setting.seed))
-        return trainer
-
-    return make
 
 
 @dataclass(frozen=True)
@@ -276,6 +99,7 @@ METHODS = {
     "l2-10": Method(l2(10.0), "L2", NOTHING),
     "ewc-1e2": Method(ewc(1e2), "EWC", STATISTICS),
     "ewc-1e4": Method(ewc(1e4), "EWC", STATISTICS),
+    "ewc-1e3": Method(ewc(1e3), "EWC", STATISTICS),
     "anchor": Method(agl(alignment_coef=0.3, anchor_coef=1.0, anchor_every=2), "AGL anchor", ROWS, preferences=True),
     "anchor-alone": Method(agl(alignment_coef=0.0, anchor_coef=1.0, anchor_every=2), "AGL anchor", ROWS),
     "importance-3": Method(layer_importance(3.0), "layer importance", STATISTICS),
@@ -285,65 +109,102 @@ METHODS = {
     ),
     "replay": Method(replay(), "replay", ROWS),
     "replay-1": Method(replay(1.0), "replay", ROWS),
+    "replay-5": Method(replay(5.0), "replay", ROWS),
     "kl": Method(kl(), "KL", ROWS),
+    "kl-0.3": Method(kl(0.3), "KL", ROWS),
+    "kl-3": Method(kl(3.0), "KL", ROWS),
     "agl": Method(kl_budget(), "AGL", ROWS, preferences=True),
     "agl-kl-0.005": Method(kl_budget(0.005), "AGL", ROWS, preferences=True),
     "agl-kl-0.05": Method(kl_budget(0.05), "AGL", ROWS, preferences=True),
+    "agl-own": Method(kl_budget(own=True), "AGL, own answers", ROWS),
     "agl-radius4": Method(kl_budget(0.02, trust_radius=4.0), "AGL, twice the trust region", ROWS),
     "agl-no-region": Method(kl_budget(0.02, trust_radius=None), "AGL, anchor and projection, no trust region", ROWS),
     "agl-no-anchor": Method(kl_budget(0.02, anchor_coef=0.0), "AGL, trust region and projection", ROWS),
     "agl-statistics": Method(calibrated(0.02), "AGL, statistics alone", STATISTICS, preferences=True),
+    "agl-statistics-0.005": Method(calibrated(0.005), "AGL, statistics alone", STATISTICS),
+    "agl-statistics-0.05": Method(calibrated(0.05), "AGL, statistics alone", STATISTICS),
     "safe-lora": Method(safe_lora(), "Safe LoRA", PAIR),
+    "safe-lora-7": Method(safe_lora(number=7), "Safe LoRA", PAIR),
+    "safe-lora-14": Method(safe_lora(number=14), "Safe LoRA", PAIR),
     "safe-lora-exact": Method(safe_lora(energy=0.5), "Safe LoRA, exact", PAIR),
     "salora": Method(salora(), "SaLoRA", ROWS),
+    "salora-8": Method(salora(safety_rank=8), "SaLoRA", ROWS),
+    "salora-64": Method(salora(safety_rank=64), "SaLoRA", ROWS),
     "splora": Method(splora(), "SPLoRA", PAIR),
+    "splora-5": Method(splora(number=5), "SPLoRA", PAIR),
+    "splora-15": Method(splora(number=15), "SPLoRA", PAIR),
     "splora-cosine": Method(splora(score="cosine"), "SPLoRA, by cosine", PAIR),
     "lox": Method(lox(), "LoX", PAIR),
     "lox-full": Method(lox(rank=0, coef=1.0), "LoX", PAIR),
+    "lox-0.5": Method(lox(coef=0.5), "LoX", PAIR),
     "asft": Method(asft(), "AsFT", PAIR),
-    "spf": Method(projection("spf"), "SPF", ROWS, preferences=True),
-    "ogpsa": Method(projection("ogpsa"), "OGPSA", ROWS, preferences=True),
+    "asft-0.1": Method(asft(0.1), "AsFT", PAIR),
+    "asft-0.01": Method(asft(0.01), "AsFT", PAIR),
+    "spf": Method(spf_projection(), "SPF", ROWS, preferences=True),
+    "spf-2": Method(spf_projection(k=2), "SPF", ROWS),
+    "spf-4": Method(spf_projection(k=4), "SPF", ROWS),
+    "ogpsa": Method(ogpsa_projection(), "OGPSA", ROWS, preferences=True),
+    "ogpsa-5": Method(ogpsa_projection(every=5), "OGPSA", ROWS),
+    "ogpsa-1": Method(ogpsa_projection(every=1), "OGPSA", ROWS),
     "lookahead-real": Method(lookahead(real), "LookAhead", NOTHING),
+    "lookahead-real-2": Method(lookahead(partial(real, tokens=2)), "LookAhead", NOTHING),
+    "lookahead-real-12": Method(lookahead(partial(real, tokens=12)), "LookAhead", NOTHING),
     "lookahead-virtual": Method(lookahead(virtual), "LookAhead, virtual", NOTHING, prefixed=True),
     # Training-time methods of the field since.
     "safegrad": Method(safegrad(), "SafeGrad", ROWS),
     "safegrad-1": Method(safegrad(1.0), "SafeGrad", ROWS),
+    "safegrad-0.1": Method(safegrad(0.1), "SafeGrad", ROWS),
     "ssah-0.075": Method(ssah(0.075), "SSAH", ROWS),
     "ssah-0.3": Method(ssah(0.3), "SSAH", ROWS),
+    "ssah-0.5": Method(ssah(0.5), "SSAH", ROWS),
     "kl-sft-0.1": Method(kl_sft(0.1), "KL on the task's rows", NOTHING),
     "kl-sft-1": Method(kl_sft(1.0), "KL on the task's rows", NOTHING),
+    "kl-sft-0.3": Method(kl_sft(0.3), "KL on the task's rows", NOTHING),
     "dft-kl-0.1": Method(kl_sft(0.1, dft=True), "ASFT", NOTHING),
+    "dft-kl-0.03": Method(kl_sft(0.03, dft=True), "ASFT", NOTHING),
+    "dft-kl-0.3": Method(kl_sft(0.3, dft=True), "ASFT", NOTHING),
     "oft": Method(oft(), "OFT", NOTHING),
+    "oft-4": Method(oft(4), "OFT", NOTHING),
+    "oft-32": Method(oft(32), "OFT", NOTHING),
     "osf-0.5": Method(osf(0.5), "OSF", NOTHING),
     "osf-0.9": Method(osf(0.9), "OSF", NOTHING),
+    "osf-0.75": Method(osf(0.75), "OSF", NOTHING),
     "guardspace-0.95": Method(guardspace(0.95), "GuardSpace", STATISTICS),
     "guardspace-0.8": Method(guardspace(0.8), "GuardSpace", STATISTICS),
+    "guardspace-0.99": Method(guardspace(0.99), "GuardSpace", STATISTICS),
     # Methods on the data and at inference.
     "similarity": Method(screening(), "similarity screening", ROWS),
+    "similarity-0.05": Method(screening(0.05), "similarity screening", ROWS),
+    "similarity-0.3": Method(screening(0.3), "similarity screening", ROWS),
     "sot": Method(sot(), "SOT", ROWS),
+    "sot-0.95": Method(sot(0.95), "SOT", ROWS),
+    "sot-0.7": Method(sot(0.7), "SOT", ROWS),
     "replay-own": Method(replay(own=True), "replay, own answers", ROWS),
     "replay-own-1": Method(replay(1.0, own=True), "replay, own answers", ROWS),
+    "replay-own-5": Method(replay(5.0, own=True), "replay, own answers", ROWS),
     "lora+scans": Method(plain(), "plain LoRA + SCANS", ROWS, preferences=True, steer=scans),
+    "lora+scans-0.3": Method(plain(), "plain LoRA + SCANS", ROWS, steer=partial(scans, strength=0.3)),
+    "lora+scans-3.0": Method(plain(), "plain LoRA + SCANS", ROWS, steer=partial(scans, strength=3.0)),
     "lora+alphasteer": Method(plain(), "plain LoRA + AlphaSteer", ROWS, preferences=True, steer=alphasteer),
+    "lora+alphasteer-0.3": Method(plain(), "plain LoRA + AlphaSteer", ROWS, steer=partial(alphasteer, strength=0.3)),
+    "lora+alphasteer-3.0": Method(plain(), "plain LoRA + AlphaSteer", ROWS, steer=partial(alphasteer, strength=3.0)),
     "agl+scans": Method(kl_budget(), "AGL + SCANS", ROWS, preferences=True, steer=scans),
     "agl+alphasteer": Method(kl_budget(), "AGL + AlphaSteer", ROWS, preferences=True, steer=alphasteer),
     "lapt": Method(lapt(), "LAPT", ROWS),
+    "lapt-0.03": Method(lapt(epsilon=0.03), "LAPT", ROWS),
+    "lapt-0.3": Method(lapt(epsilon=0.3), "LAPT", ROWS),
     "star-dss-1": Method(star_dss(1.0), "STAR-DSS", PAIR),
     "star-dss-5": Method(star_dss(5.0), "STAR-DSS", PAIR),
+    "star-dss-20": Method(star_dss(20.0), "STAR-DSS", PAIR),
 }
-# On every protocol; the others are variants, on the first.
-CORE = (
-    "lora",
-    "agl",
-    "agl-kl-0.05",
-    "agl-statistics",
-    "agl-3",
-    "budget-1e-3",
-    "budget-3e-3",
-    "anchor",
-    "ewc-1e4",
-    "replay",
-    "kl",
-)
-CORE += ("safe-lora", "salora", "splora", "lox", "asft", "spf", "ogpsa", "lookahead-real", "lookahead-virtual")
+# On every protocol; all others, strengths and ablations, on SWEPT.
+CORE = ("lora", "agl", "agl-statistics", "budget-3e-3", "ewc-1e4", "replay", "kl")
+CORE += ("safe-lora", "salora", "splora", "lox", "asft", "spf", "ogpsa", "lookahead-real")
+CORE += ("safegrad-1", "ssah-0.3", "kl-sft-1", "osf-0.5", "guardspace-0.95", "similarity", "sot", "lapt", "star-dss-1")
+SWEPT = ("steps", "hostile-10")
 QUICK = ("lora", "agl", "budget-3e-3", "replay")
+
+
+def wanted(method: str, protocol: str) -> bool:
+    """Whether the full comparison has a method on a protocol."""
+    return method in CORE or protocol in SWEPT

@@ -12,13 +12,14 @@ refusals and help with look-alikes, 64 of each instead of 200. Projection comes 
 """
 
 from collections.abc import Callable
+from functools import partial
 
 import torch
 from torch import Tensor
 from transformers import TrainerCallback
 from trl import DPOTrainer, SFTTrainer
 
-from agl_trl.data.alignment import batches, tokenize_row
+from agl_trl.data.alignment import AlignmentRow, batches, tokenize_rows
 from agl_trl.miniworld import alignment_dataset
 
 from .setting import Setting, batch_nll, build, common
@@ -49,7 +50,7 @@ def ogpsa(gradient: Tensor, *references: Tensor) -> Tensor:
 class Project(TrainerCallback):
     """Projects the gradient of every trained tensor; `sets` are the tokenized reference sets."""
 
-    def __init__(self, project: Callable[..., Tensor], sets: list[list[dict[str, list[int]]]], every: int, pad: int):
+    def __init__(self, project: Callable[..., Tensor], sets: list[list[AlignmentRow]], every: int, pad: int):
         self.project, self.sets, self.every, self.pad = project, sets, every, pad
 
     def on_pre_optimizer_step(self, args, state, control, model=None, **kwargs):
@@ -59,25 +60,42 @@ class Project(TrainerCallback):
         for i, parameter in enumerate(parameters):
             parameter.grad.copy_(self.project(parameter.grad, *(reference[i] for reference in self.references)))
 
-    def gradients(self, model, parameters: list[Tensor], rows: list[dict[str, list[int]]]) -> tuple[Tensor, ...]:
+    def gradients(self, model, parameters: list[Tensor], rows: list[AlignmentRow]) -> tuple[Tensor, ...]:
         """Gradient of the mean NLL per answer token."""
         (batch,) = batches(rows, len(rows), self.pad, model.device)
         return torch.autograd.grad(batch_nll(model, batch), parameters)
 
 
-def projection(mode: str) -> Callable[[Setting], SFTTrainer | DPOTrainer]:
-    """With `"spf"` or `"ogpsa"`."""
+def spf_projection(k: int = 1, every: int = 10) -> Callable[[Setting], SFTTrainer | DPOTrainer]:
+    """With k and N."""
 
     def make(setting: Setting) -> SFTTrainer | DPOTrainer:
-        trainer_class, config_class = setting.plain
-        trainer = build(trainer_class, config_class(**common(setting)), setting)
-        rows = alignment_dataset().shuffle(seed=setting.seed)
-        refusals, help_ = ([row for row in rows if row["unsafe"] is kind] for kind in (True, False))
-        chosen = [refusals[:16]] if mode == "spf" else [refusals[:64], help_[:64]]
-        sets = [[tokenize_row(row, setting.tokenizer) for row in part] for part in chosen]
-        every = 10 if mode == "spf" else 5 if setting.preferences else 30
-        pad = setting.tokenizer.pad_token_id
-        trainer.add_callback(Project(spf if mode == "spf" else ogpsa, sets, every, pad))
-        return trainer
+        refusals, _ = reference_rows(setting)
+        return _projecting(setting, partial(spf, k=k), [refusals[:16]], every)
 
     return make
+
+
+def ogpsa_projection(every: int | None = None) -> Callable[[Setting], SFTTrainer | DPOTrainer]:
+    """With the number of steps after which the references are taken anew."""
+
+    def make(setting: Setting) -> SFTTrainer | DPOTrainer:
+        sets = [part[:64] for part in reference_rows(setting)]
+        return _projecting(setting, ogpsa, sets, every or (5 if setting.preferences else 30))
+
+    return make
+
+
+def reference_rows(setting: Setting) -> list[list[AlignmentRow]]:
+    """Refusals and help with look-alikes, tokenized."""
+    rows = alignment_dataset().shuffle(seed=setting.seed)
+    return [tokenize_rows([row for row in rows if row["unsafe"] is kind], setting.tokenizer) for kind in (True, False)]
+
+
+def _projecting(
+    setting: Setting, project: Callable[..., Tensor], sets: list[list[AlignmentRow]], every: int
+) -> SFTTrainer | DPOTrainer:
+    trainer_class, config_class = setting.plain
+    trainer = build(trainer_class, config_class(**common(setting)), setting)
+    trainer.add_callback(Project(project, sets, every, setting.tokenizer.pad_token_id))
+    return trainer

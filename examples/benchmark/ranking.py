@@ -36,9 +36,9 @@ def share(value: float, best: float, worst: float) -> float:
     return math.log(value / best) / math.log(worst / best)
 
 
-def family_points(results: Results, protocol: str, aligned: dict) -> dict[str, list[Point]]:
+def method_points(results: Results, protocol: str, aligned: dict) -> dict[str, Point]:
     """
-    Drift and task loss of the methods of every family in one protocol, from the means over seeds.
+    Drift and task loss of every method in one protocol, from the means over seeds.
 
     Drift is the NLL of held-out refusals: 0 at the aligned model's, 1 at plain LoRA's (a protocol in which plain LoRA loses
     nothing has no ranking). Task loss is the task's NLL: 0 at the best of all methods, 1 at the aligned model's. Both are on a log
@@ -52,19 +52,39 @@ def family_points(results: Results, protocol: str, aligned: dict) -> dict[str, l
     if "lora" not in means or means["lora"]["unsafe_nll"] <= aligned["unsafe_nll"]:
         return {}
     best = min(mean["task_nll"] for mean in means.values())
+    return {
+        name: (
+            share(mean["unsafe_nll"], aligned["unsafe_nll"], means["lora"]["unsafe_nll"]),
+            share(mean["task_nll"], best, aligned["task_nll"]),
+        )
+        for name, mean in means.items()
+    }
+
+
+def by_family(found: dict[str, Point]) -> dict[str, list[Point]]:
+    """The points of every family."""
     points: dict[str, list[Point]] = {}
-    for name, mean in means.items():
-        drift = share(mean["unsafe_nll"], aligned["unsafe_nll"], means["lora"]["unsafe_nll"])
-        points.setdefault(METHODS[name].family, []).append((drift, share(mean["task_nll"], best, aligned["task_nll"])))
+    for name, point in found.items():
+        points.setdefault(METHODS[name].family, []).append(point)
     return points
+
+
+def best_of_families(found: dict[str, Point]) -> set[str]:
+    """Of every family with several methods the one that dominates most by itself; none where none dominates anything."""
+    names: dict[str, list[str]] = {}
+    for name in found:
+        names.setdefault(METHODS[name].family, []).append(name)
+    area = {name: hypervolume([point]) for name, point in found.items()}
+    best = {max(of_family, key=area.__getitem__) for of_family in names.values() if len(of_family) > 1}
+    return {name for name in best if area[name] > 0}
 
 
 def ranking(results: Results, aligned: dict[str, dict]) -> str:
     """
     Markdown table by family and protocol, by the mean over the protocols that all of them ran: the expected hypervolume of three
-    points, that of one, and how many points there were to draw from.
+    points, that of one, that of the best one in every protocol, and how many points there were to draw from.
     """
-    by_protocol = {protocol: family_points(results, protocol, line) for protocol, line in aligned.items()}
+    by_protocol = {protocol: by_family(method_points(results, protocol, line)) for protocol, line in aligned.items()}
     by_protocol = {protocol: found for protocol, found in by_protocol.items() if found}
     families = {family for found in by_protocol.values() for family in found}
     shared = [
@@ -77,16 +97,19 @@ def ranking(results: Results, aligned: dict[str, dict]) -> str:
         {family: stats.mean(expected_hypervolume(by_protocol[p][family], k) for p in shared) for family in full}
         for k in (DRAWN, 1)
     )
+    best = {f: stats.mean(max(hypervolume([point]) for point in by_protocol[p][f]) for p in shared) for f in full}
     lines = [
-        f"| rank | family | mean, {DRAWN} points | mean, 1 point | " + " | ".join(by_protocol) + " |",
-        "|---" * (4 + len(by_protocol)) + "|",
+        f"| rank | family | mean, {DRAWN} points | mean, 1 point | mean, best point | "
+        + " | ".join(by_protocol)
+        + " |",
+        "|---" * (5 + len(by_protocol)) + "|",
     ]
     for rank, family in enumerate(sorted(full, key=lambda f: (-mean[f], f)) + sorted(families - full), 1):
         cells = [_cell(by_protocol[p].get(family, [])) for p in by_protocol]
         if family in full:
-            head = f"{rank} | {family} | {mean[family]:.3f} | {alone[family]:.3f}"
+            head = f"{rank} | {family} | {mean[family]:.3f} | {alone[family]:.3f} | {best[family]:.3f}"
         else:
-            head = f"– | {family} | – | –"
+            head = f"– | {family} | – | – | –"
         lines.append(f"| {head} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
 

@@ -15,7 +15,7 @@ from agl_trl.artifacts.files import write_atomically
 
 from .methods import METHODS
 from .protocols import PROTOCOLS
-from .ranking import ranking
+from .ranking import best_of_families, method_points, ranking
 
 
 COLUMNS = {
@@ -53,8 +53,12 @@ def load(folder: Path, steps: int) -> dict[tuple[str, str], list[dict]]:
     return results
 
 
-def table(results: dict[tuple[str, str], list[dict]], protocol: str) -> str:
-    """Markdown table of one protocol: mean over seeds, and ± half the range where there are several."""
+def table(results: dict[tuple[str, str], list[dict]], protocol: str, aligned: dict) -> str:
+    """
+    Markdown table of one protocol: mean over seeds, and ± half the range where there are several. All strengths of a family, with its
+    best one in bold.
+    """
+    best = best_of_families(method_points(results, protocol, aligned))
     lines = ["| method | data in the run | " + " | ".join(title for title, _ in COLUMNS.values()) + " |"]
     lines.append("|---" * (len(COLUMNS) + 2) + "|")
     for method, description in METHODS.items():
@@ -64,7 +68,8 @@ def table(results: dict[tuple[str, str], list[dict]], protocol: str) -> str:
                 _cell([run[key] for run in runs if run.get(key) is not None], form)
                 for key, (_, form) in COLUMNS.items()
             ]
-            lines.append(f"| {method} | {description.needs} | " + " | ".join(cells) + " |")
+            name = f"**{method}**" if method in best else method
+            lines.append(f"| {name} | {description.needs} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
 
@@ -153,10 +158,13 @@ def write_report(folder: Path, steps: int) -> None:
         "NLL of held-out refusals from the aligned model's (0) to plain LoRA's (1), task loss the task's NLL from the best method's "
         "(0) to the aligned model's (1), both on a log scale, cut at 0 and 1. More points dominate more, so "
         "families are compared by three points each: the mean over all ways to draw three methods from a family, or all that it has "
-        "where they are fewer; how many it has in a protocol stands in brackets, and the mean of a single point beside it.\n\n"
+        "where they are fewer; how many it has in a protocol stands in brackets, and the mean of a single point beside it, and that "
+        "of the best point in each protocol, which favours who has more of them. In the tables of the protocols, bold is the one "
+        "method of a family that dominates most.\n\n"
     )
-    text = [head, rank + ranking(results, aligned_lines(folder))]
-    text += [f"## {protocol}\n\n{table(results, protocol)}" for protocol in protocols]
+    lines = aligned_lines(folder)
+    text = [head, rank + ranking(results, lines)]
+    text += [f"## {protocol}\n\n{table(results, protocol, lines[protocol])}" for protocol in protocols]
     text.append(f"{budgets_kept(results)}\n\n![Trade-off curves](curves.png)\n")
     report = "\n\n".join(text)
     write_atomically(folder / "report.md", report.encode())

@@ -32,7 +32,8 @@ def scans_shift(unsafe: Tensor, safe: Tensor, layers: range, strength: float = 1
     return shift
 
 
-def scans(model: PeftModel, setting: Setting) -> AbstractContextManager[None]:
-    """The context in which a model answers under SCANS."""
+def scans(model: PeftModel, setting: Setting, strength: float = 1.0) -> AbstractContextManager[None]:
+    """The context in which a model answers under SCANS, with α."""
     unsafe, safe = protected_states(model, setting.tokenizer, setting.seed)
-    return steering(model, answer_opening(setting.tokenizer), scans_shift(unsafe, safe, steered_layers(model)))
+    shift = scans_shift(unsafe, safe, steered_layers(model), strength)
+    return steering(model, answer_opening(setting.tokenizer), shift)

@@ -4,6 +4,7 @@ import json
 import shutil
 import subprocess
 import sys
+from collections import Counter
 from functools import partial
 from pathlib import Path
 
@@ -11,13 +12,14 @@ import pytest
 import torch
 from torch.utils.data import SequentialSampler
 
-from agl_trl.miniworld import TASKS, load_tokenizer, task_dataset
+from agl_trl.miniworld import TASKS, alignment_dataset, load_model, load_tokenizer, task_dataset
+from agl_trl.modeling.generation import generate_answers
 from agl_trl.modeling.lora import adapted_layers, base_weight
 from examples.benchmark import __main__ as benchmark
-from examples.benchmark import ideas, methods
-from examples.benchmark.methods import METHODS, Setting
+from examples.benchmark import baselines, ideas, methods
+from examples.benchmark.methods import CORE, METHODS, Setting, wanted
 from examples.benchmark.protocols import PROTOCOLS, trained_alike, training_rows
-from examples.benchmark.ranking import expected_hypervolume, hypervolume, ranking, share
+from examples.benchmark.ranking import best_of_families, expected_hypervolume, hypervolume, ranking, share
 from examples.benchmark.setting import PUBLISHED, published_statistics
 from tests.helpers.processes import ROOT
 
@@ -56,6 +58,21 @@ def test_methods_train_and_differ_from_plain_lora(name, setting, plain_weights, 
     weights = trained(name, setting)
     same = all(torch.equal(weights[n], p) for n, p in plain_weights.items())
     assert same == (name == "lora")
+
+
+def test_a_kl_of_no_weight_is_plain_lora(setting, plain_weights):
+    trainer = baselines.kl(0.0)(setting)
+    trainer.train()
+    trained = {n: p for n, p in trainer.model.named_parameters() if p.requires_grad}
+    assert all(torch.equal(p, plain_weights[n]) for n, p in trained.items())
+
+
+def test_own_answers_are_protected_instead_of_the_given_ones(setting):
+    rows = METHODS["agl-own"].make(setting).align_guard.alignment_dataset
+    given = alignment_dataset()
+    own = generate_answers(load_model(), setting.tokenizer, list(given["prompt"])[:4], progress=False)
+    assert [row["completion"][0]["content"] for row in list(rows)[:4]] == own
+    assert rows["unsafe"] == given["unsafe"] and rows["completion"] != given["completion"]
 
 
 def test_data_free_methods_hold_no_safety_rows(setting):
@@ -106,9 +123,38 @@ def test_ranking_compares_equal_numbers_of_points():
     rows = [line.strip("| ").split(" | ") for line in table.splitlines()[2:]]
     # Three of four: the best is drawn in 3 of 4 draws, else the second.
     three, one = (3 * 0.25 + 0.2) / 4, 0.5 * (0.5 + 0.4 + 0.3 + 0.2) / 4
-    assert rows[0] == ["1", "EWC", "0.250", "0.250", "0.250 (1)"]
-    assert rows[1] == ["2", "AGL penalty", f"{three:.3f}", f"{one:.3f}", f"{three:.3f} (4)"]
-    assert rows[2] == ["3", "plain LoRA", "0.000", "0.000", "0.000 (1)"]
+    assert rows[0] == ["1", "EWC", "0.250", "0.250", "0.250", "0.250 (1)"]
+    assert rows[1] == ["2", "AGL penalty", f"{three:.3f}", f"{one:.3f}", "0.250", f"{three:.3f} (4)"]
+    assert rows[2] == ["3", "plain LoRA", "0.000", "0.000", "0.000", "0.000 (1)"]
+
+
+def test_the_best_of_a_family_is_the_one_that_dominates_most():
+    points = {"agl-1": (0.5, 0.5), "agl-3": (0.4, 0.5), "agl-10": (0.1, 0.9), "ewc-1e4": (0.0, 0.0)}
+    assert best_of_families(points) == {"agl-3"}, "a family of one has no best"
+    assert best_of_families({"kl": (1.0, 0.0), "kl-3": (2.0, 0.5)}) == set(), "nothing is dominated"
+
+
+def test_peers_have_three_strengths():
+    """All but those that have none to choose: a variant of another family, or a stack on AGL."""
+    counts = Counter(method.family for method in METHODS.values())
+    for name in (*CORE, "oft", "dft-kl-0.1", "replay-own", "lora+scans", "lora+alphasteer"):
+        assert counts[METHODS[name].family] >= 3, name
+    assert all(wanted(name, "attack") == (name in CORE) and wanted(name, "hostile-10") for name in METHODS)
+
+
+def test_the_full_comparison_takes_four_hours_on_two_cores(tmp_path):
+    """And what has been run is not planned again."""
+    told = benchmark.planned(tuple(METHODS), tuple(PROTOCOLS), 2, benchmark.STEPS, tmp_path, full=True)
+    assert len(told) * benchmark.STEPS * benchmark.SECONDS_PER_STEP / 2 <= 4 * 3600
+    assert sum(METHODS[name].preferences for _, name, _ in told) > 0
+    assert {p for together, _, _ in told for p in together} == {*PROTOCOLS}
+    shared = [together for together, name, seed in told if name == "agl" and seed == 0 and "attack" in together]
+    assert shared == [("steps", "attack")]
+    path = tmp_path / "runs" / f"steps__agl__0__{benchmark.STEPS}.json"
+    path.parent.mkdir()
+    path.write_text("{}")
+    rest = benchmark.planned(("agl",), ("steps", "attack"), 2, benchmark.STEPS, tmp_path, full=True)
+    assert rest == [(("attack",), "agl", 0), (("steps", "attack"), "agl", 1)]
 
 
 @pytest.mark.parametrize("protocol", ["hostile-1", "hostile-30", "identity", "three-tasks", "attack"])

@@ -6,10 +6,10 @@ import torch
 from agl_trl.data.alignment import tokenize_rows
 from agl_trl.miniworld import heldout_prompts, load_tokenizer, task_dataset
 from agl_trl.modeling.generation import answer_nll, generate_answers
-from examples.benchmark.alphasteer import null_space_map
+from examples.benchmark.alphasteer import alphasteer, null_space_map
 from examples.benchmark.methods import METHODS, Setting
 from examples.benchmark.representations import answer_states, prompt_states
-from examples.benchmark.scans import scans_shift
+from examples.benchmark.scans import scans, scans_shift
 from examples.benchmark.steering import (
     answer_opening,
     prompt_ends,
@@ -139,3 +139,21 @@ def test_answer_states_follow_the_prompts(made):
     lengths = [len(row.input_ids) - row.answer_start + 1 for row in rows]
     assert states.shape[1] == sum(lengths)
     torch.testing.assert_close(states[:, [0, lengths[0]]], prompt_states(model, setting.tokenizer, rows))
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("steer", [scans, alphasteer])
+def test_strength_scales_the_first_move(made, steer):
+    """After the first steered layer, which sees unsteered states."""
+    model, setting = made
+    ids = torch.tensor([tokenize_rows(setting.train.select(range(1)), setting.tokenizer)[0].input_ids])
+    layer, outputs = model.get_base_model().model.layers[steered_layers(model)[0]], []
+    model.eval()
+    for strength in (0.0, 1.0, 3.0):
+        with steer(model, setting, strength=strength):
+            hook = layer.register_forward_hook(lambda module, args, output: outputs.append(output))
+            model(input_ids=ids)
+            hook.remove()
+    still, once, thrice = outputs[1::2]  # without the passes that look
+    assert (once - still).norm() > 0
+    torch.testing.assert_close(thrice - still, 3 * (once - still), atol=1e-4, rtol=1e-4)

@@ -79,6 +79,7 @@ def test_lookahead_rows_are_these_strings():
     shown = real(row, load_tokenizer())  # digits are a token each
     assert shown["prompt"][0]["content"] == "Add 1 and 2. The answer begins with: 123456"
     assert shown["completion"] == row["completion"]
+    assert real(row, load_tokenizer(), tokens=2)["prompt"][0]["content"].endswith("begins with: 12")
     shown = virtual(row)
     assert shown["prompt"][0]["content"] == f"Add 1 and 2. The answer begins with: {PREFIX}"
     assert shown["completion"][0]["content"] == "Let's solve this problem. 12345678 is it."
@@ -89,3 +90,17 @@ def test_lookahead_trains_on_its_rows(tmp_path):
     made = trainer("lookahead-virtual", tmp_path)
     text = load_tokenizer().decode(made.train_dataset[0]["input_ids"])
     assert text.count("Let's solve this problem.") == 2
+
+
+@pytest.mark.parametrize(
+    ("name", "every", "left"),
+    [("spf", 10, 3), ("spf-2", 10, 2), ("spf-4", 10, 0), ("ogpsa", 30, 4), ("ogpsa-5", 5, 4)],
+)
+def test_strengths_of_projection(name, every, left, tmp_path):
+    """The rank that a conflicting gradient of rank four has left, and the steps between two looks at the references."""
+    setting = Setting(tmp_path, 0, 3, load_tokenizer(), task_dataset("steps").select(range(16)))
+    callback = METHODS[name].make(setting).callback_handler.callbacks[-1]
+    torch.manual_seed(0)
+    gradient = torch.randn(6, 4, dtype=torch.float64)
+    got = callback.project(gradient, -gradient if name.startswith("spf") else torch.randn(6, 4, dtype=torch.float64))
+    assert callback.every == every and torch.linalg.matrix_rank(got, atol=1e-9) == left

@@ -21,7 +21,7 @@ from agl_trl.miniworld import alignment_dataset, load_tokenizer
 from agl_trl.trainer.gradients import add_gradients
 from agl_trl.trainer.regularizer import Regularizer
 
-from ..methods import ReplayTrainer
+from ..baselines import ReplayTrainer
 from .peer import PeerTrainer
 from .shapes import Shape, lora_of, model_of, rows_of, training_of
 

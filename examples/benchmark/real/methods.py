@@ -19,7 +19,7 @@ from agl_trl import AGLSFTConfig, AGLSFTTrainer, AlignGuardConfig
 from agl_trl.data.alignment import AlignmentRow, batches, pad_token_id, tokenize_row
 from agl_trl.modeling.loading import load_model
 
-from ..methods import EWCTrainer, ReplayTrainer
+from ..baselines import EWCTrainer, ReplayTrainer
 from ..safe_lora import SafeLoraTrainer
 from .base import Base
 from .measure import BATCH, row_figures
