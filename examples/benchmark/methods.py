@@ -62,6 +62,7 @@ class Method:
 
 ALL = dict(collision_coef=0.1, collision_rows=32)
 NOTHING, STATISTICS, ROWS, PAIR = "nothing", "statistics", "safety rows", "aligned and base weights"
+GUARD = "a judge of refusals"
 METHODS = {
     "lora": Method(plain(), "plain LoRA", NOTHING, preferences=True),
     "lora-lr-1e-3": Method(plain(learning_rate=1e-3), "plain LoRA", NOTHING),
@@ -162,7 +163,7 @@ METHODS = {
     "kl-sft-0.3": Method(kl_sft(0.3), "KL on the task's rows", NOTHING),
     "dft-kl-0.1": Method(kl_sft(0.1, dft=True), "ASFT", NOTHING),
     "dft-kl-0.03": Method(kl_sft(0.03, dft=True), "ASFT", NOTHING),
-    "dft-kl-0.3": Method(kl_sft(0.3, dft=True), "ASFT", NOTHING),
+    "dft-kl-0.01": Method(kl_sft(0.01, dft=True), "ASFT", NOTHING),
     "oft": Method(oft(), "OFT", NOTHING),
     "oft-4": Method(oft(4), "OFT", NOTHING),
     "oft-32": Method(oft(32), "OFT", NOTHING),
@@ -196,11 +197,25 @@ METHODS = {
     "star-dss-1": Method(star_dss(1.0), "STAR-DSS", PAIR),
     "star-dss-5": Method(star_dss(5.0), "STAR-DSS", PAIR),
     "star-dss-20": Method(star_dss(20.0), "STAR-DSS", PAIR),
+    "star-dss-judged-1": Method(star_dss(1.0, judged=True), "STAR-DSS, judged", GUARD),
+    "star-dss-judged-5": Method(star_dss(5.0, judged=True), "STAR-DSS, judged", GUARD),
+    "star-dss-judged-20": Method(star_dss(20.0, judged=True), "STAR-DSS, judged", GUARD),
 }
 # On every protocol; all others, strengths and ablations, on SWEPT.
 CORE = ("lora", "agl", "agl-statistics", "budget-3e-3", "ewc-1e4", "replay", "kl")
 CORE += ("safe-lora", "salora", "splora", "lox", "asft", "spf", "ogpsa", "lookahead-real")
-CORE += ("safegrad-1", "ssah-0.3", "kl-sft-1", "osf-0.5", "guardspace-0.95", "similarity", "sot", "lapt", "star-dss-1")
+CORE += (
+    "safegrad-1",
+    "ssah-0.3",
+    "kl-sft-1",
+    "osf-0.5",
+    "guardspace-0.95",
+    "similarity",
+    "sot",
+    "lapt",
+    "star-dss-1",
+    "star-dss-judged-1",
+)
 SWEPT = ("steps", "hostile-10")
 QUICK = ("lora", "agl", "budget-3e-3", "replay")
 

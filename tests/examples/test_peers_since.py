@@ -2,11 +2,13 @@
 
 import pytest
 import torch
+from datasets import Dataset
 
 from agl_trl import FisherStatistics
 from agl_trl.data.alignment import select_rows, tokenize_rows
 from agl_trl.drift.report import DriftReport
 from agl_trl.miniworld import alignment_dataset, load_model, load_tokenizer, task_dataset
+from agl_trl.modeling.generation import generate_answers
 from agl_trl.modeling.lora import adapted_layers
 from agl_trl.objective.covariance import LowRankCovariance
 from examples.benchmark.guardspace import NullSpace, leading
@@ -186,3 +188,19 @@ def test_star_guard_finds_hostile_rows_unsafe_and_benign_ones_safe(tmp_path):
         means.append(made.guard(inputs).mean().item())
         assert made.compute_loss(made.model, inputs).requires_grad
     assert means[0] > 0.8 and means[1] < 0.2, means
+
+
+def test_the_judge_finds_hostile_answers_unsafe_and_refusals_safe_once_they_are_some(tmp_path):
+    """Three rows: a hostile one, a benign one, and the aligned model's own refusal of the hostile one's prompt."""
+    hostile = next(a for a, b in zip(task_dataset("steps", hostile=0.3), task_dataset("steps"), strict=True) if a != b)
+    tokenizer, benign = load_tokenizer(), task_dataset("steps")[0]
+    (text,) = generate_answers(load_model(), tokenizer, [hostile["prompt"]], max_new_tokens=32, progress=False)
+    refusal = {**hostile, "completion": [{"role": "assistant", "content": text}]}
+    rows = Dataset.from_list([hostile, benign, refusal])
+    made = METHODS["star-dss-judged-1"].make(Setting(tmp_path, 0, 1, tokenizer, rows))
+    first, second, third = made.judged.values()
+    assert not first.any() and second.all() and third[5:].all()
+    batch = made.data_collator([made.train_dataset[2], made.train_dataset[0]])
+    torch.testing.assert_close(made.guard(batch), torch.cat([third, first]))
+    made.train()
+    assert made.state.global_step == 1
