@@ -133,6 +133,7 @@ def moved_adapter(model: PreTrainedModel, scale: float = 0.05, **config) -> Peft
 
 def moved_by(model: PreTrainedModel, config: PeftConfig, scale: float = 0.05) -> PeftModel:
     """A model with an adapter of any method, of which everything that it trains has moved."""
+    torch.manual_seed(1)  # of what the method itself draws
     tuned = get_peft_model(model, config)
     generator = torch.Generator().manual_seed(1)
     for parameter in tuned.parameters():
