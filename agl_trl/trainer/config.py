@@ -1,14 +1,13 @@
 """What of AlignGuard-LoRA is switched on: for the callback by itself, and part of the arguments of every AGL trainer."""
 
 import json
-import warnings
 from dataclasses import dataclass, field
 from typing import Any, Literal, get_args
 
-from ..fisher.estimate import FisherType
 from ..fisher.protected_rows import DEFAULT_KL_BUDGET, NUM_REFERENCE_ANSWERS
 from ..objective.alignguard import TaskMetric, TaskSubspace
 from .drift_eval_config import DriftEvalConfig
+from .fisher_config import FisherConfig
 
 
 Variant = Literal["kfac", "paper"]
@@ -17,11 +16,11 @@ DEFAULT_DRIFT_BUDGET = 3e-3  # of statistics that carry no curve to translate a 
 
 
 @dataclass
-class AlignGuardConfig(DriftEvalConfig):
+class AlignGuardConfig(FisherConfig, DriftEvalConfig):
     """
     Configuration of [`AlignGuardCallback`], and what the AGL trainers add to the arguments of TRL's. Symbols are those of
-    AlignGuard-LoRA (https://huggingface.co/papers/2508.02079). It also has the options of [`DriftEvalConfig`], by which a run asks
-    its model held-out prompts, and stops.
+    AlignGuard-LoRA (https://huggingface.co/papers/2508.02079). It also has the options of [`FisherConfig`],
+    for the statistics, and of [`DriftEvalConfig`], by which a run asks its model held-out prompts, and stops.
 
     Parameters:
         alignment_coef (`float`, *optional*):
@@ -78,28 +77,6 @@ class AlignGuardConfig(DriftEvalConfig):
             Whether the reference answers (tokens of the protected rows) are pushed to the Hub with the statistics.
         fisher_energy (`float`, *optional*, defaults to `0.9`):
             Share of the trace of the Fisher that spans the critical subspaces.
-        fisher_path (`str`, *optional*):
-            Folder, file or Hub id with saved Fisher statistics. The run then needs no alignment dataset: it takes type, shrinkage and
-            rank from the file, and reference answers from beside it, where there are any.
-        push_fisher (`bool`, *optional*, defaults to `True`):
-            Whether the Fisher statistics are pushed to the Hub with the adapter. They say a little about the alignment rows
-            (directions and sizes of activations); `False` keeps them, and the reference answers, on this machine.
-        fisher_type (`str`, *optional*, defaults to `"projection"`):
-            What is differentiated for the output side G of the Fisher: `"projection"`, `"empirical"` or `"mc"`. Only read
-            when `fisher_shrinkage` is below 1.
-        fisher_shrinkage (`float`, *optional*, defaults to `1.0`):
-            δ in G_δ = (1 − δ) G / mean_eig(G) + δ I. `1.0` is the activation metric E‖ΔW x‖², which takes forward passes
-            only.
-        fisher_rank (`int`, *optional*, defaults to `64`):
-            Number k of eigenpairs kept per covariance; the rest is kept as its mean.
-        fisher_num_samples (`int`, *optional*, defaults to `256`):
-            Number of alignment rows the statistics are taken over; `None` takes all.
-        fisher_batch_size (`int`, *optional*, defaults to `8`):
-            Rows per forward pass of the statistics.
-        fisher_max_length (`int`, *optional*, defaults to `1024`):
-            Longer alignment rows lose their end.
-        fisher_damping (`float`, *optional*):
-            Former name of `fisher_shrinkage`; still read.
 
     Example:
 
@@ -208,57 +185,10 @@ class AlignGuardConfig(DriftEvalConfig):
     fisher_energy: float = field(
         default=0.9, metadata={"help": "Share of the trace of the Fisher that spans the critical subspaces."}
     )
-    fisher_path: str | None = field(
-        default=None,
-        metadata={
-            "help": "Folder, file or Hub id with saved Fisher statistics. The run then needs no alignment dataset, and takes type, "
-            "shrinkage and rank from the file."
-        },
-    )
-    push_fisher: bool = field(
-        default=True,
-        metadata={"help": "Whether the Fisher statistics are pushed to the Hub with the adapter."},
-    )
-    fisher_type: FisherType = field(
-        default="projection",
-        metadata={
-            "help": "What is differentiated for the output side G of the Fisher: `projection`, `empirical` or `mc`. Only read "
-            "when `fisher_shrinkage` is below 1."
-        },
-    )
-    fisher_shrinkage: float = field(
-        default=1.0,
-        metadata={
-            "help": "delta in G_delta = (1 - delta) G / mean_eig(G) + delta I. `1.0` is the activation metric, which takes "
-            "forward passes only."
-        },
-    )
-    fisher_rank: int = field(
-        default=64,
-        metadata={"help": "Number k of eigenpairs kept per covariance; the rest is kept as its mean."},
-    )
-    fisher_num_samples: int | None = field(
-        default=256,
-        metadata={"help": "Number of alignment rows the statistics are taken over; `None` takes all."},
-    )
-    fisher_batch_size: int = field(
-        default=8,
-        metadata={"help": "Rows per forward pass of the statistics."},
-    )
-    fisher_max_length: int | None = field(
-        default=1024,
-        metadata={"help": "Longer alignment rows lose their end."},
-    )
-    fisher_damping: float | None = field(
-        default=None,
-        metadata={"help": "Former name of `fisher_shrinkage`; still read."},
-    )
 
     def __post_init__(self):
         DriftEvalConfig.__post_init__(self)
-        if self.fisher_damping is not None:
-            warnings.warn("`fisher_damping` is called `fisher_shrinkage` now.", FutureWarning, stacklevel=3)
-            self.fisher_shrinkage, self.fisher_damping = self.fisher_damping, None
+        FisherConfig.__post_init__(self)
         if self.kl_budgets is not None:
             self.kl_budgets = _read_budgets(self.kl_budgets)
         if self.alignment_coef is None:
@@ -272,19 +202,10 @@ class AlignGuardConfig(DriftEvalConfig):
             value = getattr(self, name)
             if value is not None and value < 0:
                 raise ValueError(f"`{name}` must not be negative, got {value}.")
-        for name in ("fisher_shrinkage", "fisher_energy", "collision_alpha"):
+        for name in ("fisher_energy", "collision_alpha"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"`{name}` must lie between 0 and 1, got {getattr(self, name)}.")
-        for name in (
-            "fisher_rank",
-            "fisher_batch_size",
-            "fisher_num_samples",
-            "fisher_max_length",
-            "collision_rows",
-            "anchor_every",
-            "anchor_batch_size",
-            "num_reference_answers",
-        ):
+        for name in ("collision_rows", "anchor_every", "anchor_batch_size", "num_reference_answers"):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ValueError(f"`{name}` must be at least 1, got {value}.")
@@ -300,7 +221,6 @@ class AlignGuardConfig(DriftEvalConfig):
             if not value > 0:
                 raise ValueError(f"`kl_budgets` must be above 0, got {value} for '{name}'.")
         for name, choices in (
-            ("fisher_type", get_args(FisherType)),
             ("task_metric", get_args(TaskMetric)),
             ("task_subspace", (None, *get_args(TaskSubspace))),
             ("variant", get_args(Variant)),
