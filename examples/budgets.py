@@ -38,7 +38,7 @@ from agl_trl.miniworld import alignment_dataset, load_model, load_tokenizer, tas
 from agl_trl.miniworld.data import conversations, copying_drills
 from agl_trl.miniworld.prompts import Split, everyday_requests
 from agl_trl.miniworld.responses import compliance
-from agl_trl.modeling.generation import answer_nll
+from agl_trl.modeling.likelihood import answer_nll
 
 from .benchmark.run import quiet
 from .benchmark.setting import reference_answers

@@ -31,7 +31,7 @@ from agl_trl.miniworld import alignment_dataset, heldout_prompts, load_model, lo
 from agl_trl.miniworld.data import conversations
 from agl_trl.miniworld.prompts import lookalike_requests, unsafe_requests
 from agl_trl.miniworld.responses import compliance, refusal
-from agl_trl.modeling.generation import answer_nll
+from agl_trl.modeling.likelihood import answer_nll
 from agl_trl.screening.screen import Directions, Scores, learn_directions, screen_rows
 
 

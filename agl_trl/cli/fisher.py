@@ -25,7 +25,8 @@ from ..fisher.reference_answers import ReferenceAnswers
 from ..fisher.statistics import FisherStatistics
 from ..hub.model_card import write_statistics_card
 from ..hub.push import push_folder
-from ..modeling.generation import answered_by, context_length
+from ..modeling.forward import context_length
+from ..modeling.generation import answered_by
 from ..modeling.loading import load_model
 
 

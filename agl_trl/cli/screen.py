@@ -17,7 +17,8 @@ from ..data.files import load_rows
 from ..data.rows import RowError, is_prompt_only
 from ..fisher.protected_rows import COMPLY, NUM_REFERENCE_ANSWERS, REFUSE
 from ..fisher.reference_answers import ReferenceAnswers
-from ..modeling.generation import answered_by, context_length
+from ..modeling.forward import context_length
+from ..modeling.generation import answered_by
 from ..modeling.loading import load_model
 from ..screening.screen import learn_directions, screen_rows
 

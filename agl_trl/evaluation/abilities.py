@@ -15,12 +15,13 @@ from ..data.abilities import AbilityKind, AbilitySet
 from ..data.alignment import AlignmentRow, pad_token_id
 from ..data.rows import RowError
 from ..modeling.base_and_tuned import BaseAndTuned
-from ..modeling.generation import context_length, end_tokens
+from ..modeling.forward import context_length
+from ..modeling.generation import end_tokens
+from ..modeling.likelihood import log_likelihoods
 from .answer_cache import AnswerCache
 from .behaviour import check_vocabulary
 from .changes import PairedMeans, PairedRates
 from .exact_match import Answered, answered, room_for_answers
-from .likelihood import log_likelihoods
 from .multiple_choice import Chosen, choice_rows, chosen
 from .rates import Rate, binomial_test
 

@@ -10,7 +10,9 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..data.rows import prompt_text, questions_of
-from ..modeling.generation import answer_nll, context_length, end_tokens, generate_answers, opened_by_template
+from ..modeling.forward import context_length
+from ..modeling.generation import end_tokens, generate_answers, opened_by_template
+from ..modeling.likelihood import answer_nll
 from .answer_cache import AnswerCache
 from .judges import Judge, StringJudge
 from .refusal import Verdict

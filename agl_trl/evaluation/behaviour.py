@@ -17,7 +17,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from ..data.labels import unsafe_column
 from ..data.rows import check_prompts, prompt_text, questions_of
 from ..modeling.base_and_tuned import BaseAndTuned
-from ..modeling.generation import context_length, end_tokens
+from ..modeling.forward import context_length
+from ..modeling.generation import end_tokens
 from ..modeling.lora import AdaptedLayer
 from .answer_cache import AnswerCache
 from .answers import Answers, answer_prompts, answer_until, count_unasked

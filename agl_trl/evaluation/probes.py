@@ -11,7 +11,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from ..data.alignment import AlignmentBatch, AlignmentRow, batches, pad_token_id
 from ..data.rows import Messages, prompt_ids
 from ..modeling.base_and_tuned import BaseAndTuned
-from ..modeling.generation import context_length, evaluating, forward_at, input_device
+from ..modeling.forward import context_length, evaluating, forward_at, input_device
 
 
 KL_TOKENS = 8

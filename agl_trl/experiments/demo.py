@@ -35,7 +35,8 @@ from ..miniworld import (
     task_dataset,
 )
 from ..modeling.base_and_tuned import BaseAndTuned
-from ..modeling.generation import answer_nll, generate_answers
+from ..modeling.generation import generate_answers
+from ..modeling.likelihood import answer_nll
 from ..trainer.evidence import save_evidence
 from ..trainer.sft import AGLSFTTrainer
 from ..trainer.trl_config import AGLSFTConfig

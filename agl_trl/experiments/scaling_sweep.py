@@ -15,7 +15,7 @@ from trl import SFTConfig, SFTTrainer
 
 from ..artifacts.files import write_atomically
 from ..miniworld import CheckpointName, alignment_dataset, heldout_unsafe, load_model, load_tokenizer, task_dataset
-from ..modeling.generation import answer_nll
+from ..modeling.likelihood import answer_nll
 from ..trainer.sft import AGLSFTTrainer
 from ..trainer.trl_config import AGLSFTConfig
 from .demo import LORA, TRAINING

@@ -14,7 +14,7 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
 from ..data.alignment import AlignmentRow, batches
-from ..modeling.generation import answer_logits, evaluating, input_device
+from ..modeling.forward import answer_logits, evaluating, input_device
 from ..modeling.lora import layer_shape, linear_layers
 from ..objective.decomposition import Update, inner
 from .reference_answers import ReferenceAnswers

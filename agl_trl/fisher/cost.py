@@ -12,7 +12,7 @@ from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..data.alignment import AlignmentRow, batches, pad_token_id
-from ..modeling.generation import evaluating, input_device
+from ..modeling.forward import evaluating, input_device
 from ..modeling.lora import layer_shape, linear_layers
 from ..objective.covariance import EXACT_UP_TO, SKETCH_FACTOR
 from .collector import Collector

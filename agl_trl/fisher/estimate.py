@@ -25,14 +25,8 @@ from ..data.alignment import (
     tokenize_rows,
 )
 from ..data.rows import is_prompt_only
-from ..modeling.generation import (
-    answer_logits,
-    answered_by,
-    context_length,
-    evaluating,
-    input_device,
-    last_logits,
-)
+from ..modeling.forward import answer_logits, context_length, evaluating, input_device, last_logits
+from ..modeling.generation import answered_by
 from ..modeling.lora import layer_shape, linear_layers
 from ..objective.covariance import LowRankCovariance
 from .collector import Collector

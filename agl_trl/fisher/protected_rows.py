@@ -7,7 +7,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..data.alignment import AlignmentRow, tokenize_rows
 from ..data.rows import Row
-from ..modeling.generation import context_length
+from ..modeling.forward import context_length
 from .reference_answers import ReferenceAnswers
 
 

@@ -17,7 +17,7 @@ from ..artifacts.location import find_artifact
 from ..artifacts.schema import read_artifact
 from ..artifacts.upload import PushToHubMixin
 from ..data.alignment import AlignmentRow, batches, pad_token_id
-from ..modeling.generation import answer_logits, context_length, evaluating, input_device
+from ..modeling.forward import answer_logits, context_length, evaluating, input_device
 from ..objective.kl import FIRST_TOKENS, kl_of_row, top_k_kl
 from .reference_schema import check_reference_answers
 from .statistics import check_same_base, describe_base

@@ -1,119 +1,23 @@
-"""What a model says: greedy answers to prompts, and the likelihood of reference answers."""
+"""What a model says: greedy answers to prompts."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
-from inspect import signature
 from typing import Any
 
 import torch
-from accelerate import PartialState
-from datasets import Dataset
 from peft import PeftModel
-from torch import Tensor, nn
-from torch.nn.functional import cross_entropy
+from torch import Tensor
 from tqdm.auto import tqdm
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
-from transformers.utils import ModelOutput
 
-from ..data.alignment import AlignmentBatch, batches, pad_token_id, tokenize_rows
+from ..data.alignment import pad_token_id
 from ..data.rows import Messages, Row, check_prompts, is_prompt_only, prompt_ids
-from .lora import packs_in_eval_mode
+from .forward import context_length, evaluating, input_device, last_logits
 from .reasoning import is_reasoning_mark, opened_reasoning
 
 
 ANSWER_TOKENS = 64  # of an answer that is to be kept: a refusal is over by then, and what an answer is about is said
-
-
-@contextmanager
-def evaluating(model: nn.Module) -> Iterator[None]:
-    """
-    Eval mode (no dropout, and no checkpointing, which would fire some hooks twice), then every module as it was.
-
-    At the first inference on some CPUs bitsandbytes packs 4-bit weights into a form that passes no gradient on: a training
-    that goes on afterwards would silently lose most of its gradient. Not here.
-    """
-    modes = [(module, module.training) for module in model.modules()]
-    packing: list[Any] = [module for module in model.modules() if packs_in_eval_mode(module)]
-    model.eval()
-    for module in packing:
-        module.support_avx512bf16_for_cpu = False
-    try:
-        yield
-    finally:
-        for module, training in modes:
-            module.training = training
-        for module in packing:
-            module.support_avx512bf16_for_cpu = True
-
-
-def input_device(model: nn.Module) -> torch.device:
-    """Where the inputs of a model go; one whose weights are offloaded (and here are empty) moves them itself."""
-    device = next(model.parameters()).device
-    return PartialState().device if device.type == "meta" else device
-
-
-def context_length(model: PreTrainedModel | PeftModel) -> int | None:
-    """Most tokens that a model reads at once; none where its configuration knows no bound."""
-    return getattr(model.config.get_text_config(), "max_position_embeddings", None)
-
-
-def answer_logits(model: PreTrainedModel | PeftModel, batch: AlignmentBatch) -> tuple[Tensor, Tensor]:
-    """
-    Logits of the columns in which any row of a batch has answer tokens, of shape `(batch, columns, vocabulary)`, and which of
-    them are that row's, boolean, of shape `(batch, columns)`. With large vocabularies those of all columns are gigabytes.
-    """
-    columns = batch.answer_mask.any(0).nonzero().squeeze(1)
-    return forward_at(model, batch, columns).logits, batch.answer_mask[:, columns]
-
-
-def forward_at(
-    model: PreTrainedModel | PeftModel, batch: AlignmentBatch, columns: Tensor, **options: Any
-) -> ModelOutput:
-    """
-    Output of a model for a batch, whose `logits` are those of some columns alone, of shape `(batch, columns, vocabulary)`.
-
-    Args:
-        model (`PreTrainedModel` or `PeftModel`):
-            Model; the batch goes to where its inputs go.
-        batch ([`AlignmentBatch`]):
-            Rows.
-        columns (`Tensor`):
-            Positions, of shape `(columns,)`.
-        options:
-            Further arguments of the forward pass, such as `output_hidden_states=True`.
-    """
-    device = input_device(model)
-    # Counted from the end: prompt tuning puts its own tokens before those of the batch, and has states and logits of them.
-    length = batch.input_ids.shape[1]
-    columns = columns - length
-    fewer = {"logits_to_keep": columns.to(device)} if takes_logits_to_keep(model) else {}
-    inputs = {"input_ids": batch.input_ids.to(device), "attention_mask": batch.attention_mask.to(device)}
-    output = model(**inputs, use_cache=False, **fewer, **options)
-    if not fewer:
-        output.logits = output.logits[:, columns.to(output.logits.device)]
-    if output.hidden_states is not None:
-        output.hidden_states = tuple(states[:, -length:] for states in output.hidden_states)
-    return output
-
-
-def takes_logits_to_keep(model: PreTrainedModel | PeftModel) -> bool:
-    """Whether the model can be asked for the logits of a few columns."""
-    base = model.get_base_model() if isinstance(model, PeftModel) else model
-    return "logits_to_keep" in signature(base.forward).parameters
-
-
-def last_logits(model: PreTrainedModel | PeftModel) -> dict[str, int | Tensor]:
-    """
-    Argument of a forward pass that asks for the logits of the last token alone, empty for a model that makes all. On a CPU not the
-    number 1, for which transformers makes a view of the states: torch multiplies a view by a frozen head as a batch there, with a
-    copy of the head for every row. Those of 32 rows are 9 GB with a vocabulary of 150,000 in bfloat16. Elsewhere the number: a
-    model that is spread over several devices has its last states on another device than its inputs, where an index of these is not
-    read.
-    """
-    if not takes_logits_to_keep(model):
-        return {}
-    return {"logits_to_keep": torch.tensor([-1]) if input_device(model).type == "cpu" else 1}
 
 
 def end_tokens(tokenizer: PreTrainedTokenizerBase, *models: PreTrainedModel | PeftModel) -> list[int]:
@@ -262,43 +166,6 @@ def opened_by_template(tokenizer: PreTrainedTokenizerBase, prompt: Messages) -> 
 
 def _until(ids: list[int], ends: list[int]) -> list[int]:
     return ids[: next((i for i, token in enumerate(ids) if token in ends), len(ids))]
-
-
-@torch.no_grad()
-def answer_nll(
-    model: PreTrainedModel | PeftModel,
-    tokenizer: PreTrainedTokenizerBase,
-    dataset: Dataset | list[dict[str, Any]],
-    *,
-    batch_size: int = 32,
-    max_length: int | None = 1024,
-) -> Tensor:
-    """
-    Mean negative log-likelihood per token of the reference answer of every row, in nats, of shape `(rows,)`.
-
-    Args:
-        model (`PreTrainedModel` or `PeftModel`):
-            Model, with or without an adapter; left as it was.
-        tokenizer (`PreTrainedTokenizerBase`):
-            Its tokenizer.
-        dataset (`Dataset` or `list[dict]`):
-            Rows in prompt-completion format.
-        batch_size (`int`, *optional*, defaults to `32`):
-            Rows per forward pass.
-        max_length (`int`, *optional*, defaults to `1024`):
-            Longer rows lose their end.
-    """
-    rows = tokenize_rows(dataset, tokenizer, max_length, context_length(model))
-    nll = torch.zeros(len(rows))
-    with evaluating(model):
-        for batch in batches(rows, batch_size, pad_token_id(tokenizer), input_device(model)):
-            logits, mask = answer_logits(model, batch)
-            for line, index in enumerate(
-                batch.indices
-            ):  # one by one: a whole batch of vocabularies in float32 is large
-                answer = batch.input_ids[line, 1:][batch.answer_mask[line, :-1]]
-                nll[index] = cross_entropy(logits[line, mask[line]].float(), answer).cpu()
-    return nll
 
 
 def answered_by(

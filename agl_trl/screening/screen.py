@@ -12,7 +12,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..data.alignment import AlignmentBatch, AlignmentRow, batches, pad_token_id, tokenize_row
 from ..data.rows import Row
-from ..modeling.generation import context_length, evaluating, forward_at, input_device
+from ..modeling.forward import context_length, evaluating, forward_at, input_device
 from .directions import Direction, against, along, mean_difference
 
 

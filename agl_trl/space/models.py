@@ -18,15 +18,8 @@ from ..artifacts.files import ADAPTER_FILE, FOLDER, TOKENIZER_FILES, ArtifactErr
 from ..artifacts.location import adapter_folder, from_hub, hub_id
 from ..data.rows import prompt_ids, prompt_text
 from ..evaluation.refusal import Verdict, judge_answer
-from ..modeling.generation import (
-    answer_decoder,
-    context_length,
-    end_tokens,
-    generate_answers,
-    input_device,
-    last_logits,
-    opened_by_template,
-)
+from ..modeling.forward import context_length, input_device, last_logits
+from ..modeling.generation import answer_decoder, end_tokens, generate_answers, opened_by_template
 from ..modeling.loading import load_adapter, load_model
 from ..modeling.own_tokenizer import GREETING, difference, own_tokenizer
 from .questions import Decoding

@@ -31,7 +31,8 @@ from ..evaluation.behaviour import Behaviour, compare
 from ..evaluation.judges import StringJudge
 from ..evaluation.probes import opener_ids, probe
 from ..modeling.base_and_tuned import BaseAndTuned
-from ..modeling.generation import context_length, end_tokens
+from ..modeling.forward import context_length
+from ..modeling.generation import end_tokens
 from ..modeling.lora import AdaptedLayer
 from ..modeling.sharding import put, whole
 from .drift_eval_config import DriftEvalConfig

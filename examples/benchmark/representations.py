@@ -7,7 +7,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from agl_trl.data.alignment import AlignmentRow, batches, pad_token_id
 from agl_trl.fisher.protected_rows import REFUSE
-from agl_trl.modeling.generation import evaluating
+from agl_trl.modeling.forward import evaluating
 
 from .setting import protected_rows
 

@@ -13,7 +13,7 @@ from agl_trl import DriftReport
 from agl_trl.artifacts.files import FOLDER
 from agl_trl.evaluation.behaviour import answer_prompts
 from agl_trl.miniworld import heldout_prompts, load_model, load_tokenizer, task_dataset
-from agl_trl.modeling.generation import answer_nll
+from agl_trl.modeling.likelihood import answer_nll
 
 
 STEPS, BATCH, LEARNING_RATE, RANK = 150, 16, 2e-3, 8

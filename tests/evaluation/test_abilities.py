@@ -10,14 +10,14 @@ from scipy.stats import binomtest
 
 from agl_trl.data.abilities import AbilitySet, ExactMatch, MultipleChoice, load_ability
 from agl_trl.data.alignment import AlignmentRow
-from agl_trl.evaluation import likelihood
 from agl_trl.evaluation.abilities import Ability, measure_abilities, text_rows
 from agl_trl.evaluation.answer_cache import AnswerCache
 from agl_trl.evaluation.exact_match import is_right, last_number
-from agl_trl.evaluation.likelihood import log_likelihoods
 from agl_trl.evaluation.multiple_choice import choice_rows, chosen
 from agl_trl.miniworld import load_model, load_tokenizer, task_dataset
+from agl_trl.modeling import likelihood
 from agl_trl.modeling.generation import generate_answers
+from agl_trl.modeling.likelihood import log_likelihoods
 
 
 @pytest.fixture(scope="module")

@@ -5,7 +5,8 @@ import torch
 
 from agl_trl.data.alignment import tokenize_rows
 from agl_trl.miniworld import heldout_prompts, load_tokenizer, task_dataset
-from agl_trl.modeling.generation import answer_nll, generate_answers
+from agl_trl.modeling.generation import generate_answers
+from agl_trl.modeling.likelihood import answer_nll
 from examples.benchmark.alphasteer import alphasteer, null_space_map
 from examples.benchmark.methods import METHODS, Setting
 from examples.benchmark.representations import answer_states, prompt_states

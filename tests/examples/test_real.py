@@ -16,7 +16,7 @@ from peft import LoraConfig, get_peft_model
 from agl_trl.data.alignment import batches, tokenize_rows
 from agl_trl.driftcaps import load_driftcaps
 from agl_trl.miniworld import heldout_prompts, load_model, load_tokenizer, task_dataset
-from agl_trl.modeling.generation import answer_nll
+from agl_trl.modeling.likelihood import answer_nll
 from examples.benchmark.real import __main__ as command
 from examples.benchmark.real.base import Base, ask_base
 from examples.benchmark.real.measure import counts, measure, own_answers, row_figures

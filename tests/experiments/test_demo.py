@@ -9,7 +9,7 @@ from transformers import PreTrainedModel
 
 from agl_trl.experiments.demo import COLUMNS, Run, _table, evaluate, run_demo
 from agl_trl.miniworld import heldout_prompts, load_model, load_tokenizer, task_dataset
-from agl_trl.modeling.generation import answer_nll
+from agl_trl.modeling.likelihood import answer_nll
 
 
 def half_aligned() -> PreTrainedModel:

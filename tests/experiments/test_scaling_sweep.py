@@ -10,7 +10,7 @@ from agl_trl.cli.scaling import load_runs
 from agl_trl.experiments import scaling_sweep
 from agl_trl.experiments.scaling_sweep import sweep
 from agl_trl.miniworld import heldout_unsafe, load_model, load_tokenizer, task_dataset
-from agl_trl.modeling.generation import answer_nll
+from agl_trl.modeling.likelihood import answer_nll
 
 
 QUIET = Console(quiet=True)

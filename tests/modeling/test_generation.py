@@ -1,30 +1,14 @@
-"""Answers and likelihoods: batching changes nothing, a likelihood is the model's own loss, and the model stays as it was."""
-
-from contextlib import nullcontext
+"""Answers: batching changes nothing, they are in the form of the prompt, and the model stays as it was."""
 
 import pytest
 import torch
 from datasets import Dataset
 from transformers.utils import logging
 
-from agl_trl.data.alignment import batches, pad_token_id, tokenize_row
 from agl_trl.data.rows import prompt_ids, prompt_text
-from agl_trl.evaluation.probes import probe
-from agl_trl.modeling import generation
-from agl_trl.modeling.base_and_tuned import BaseAndTuned
-from agl_trl.modeling.generation import (
-    answer_logits,
-    answer_nll,
-    answered_by,
-    end_tokens,
-    evaluating,
-    generate_answers,
-    greedy_decoding,
-    last_logits,
-    padded_left,
-    takes_logits_to_keep,
-)
-from tests.helpers.models import adapted, probe_prompts, tiny_model
+from agl_trl.modeling.generation import answered_by, generate_answers
+from agl_trl.modeling.likelihood import answer_nll
+from tests.helpers.models import probe_prompts, tiny_model
 
 
 @pytest.fixture(scope="module")
@@ -56,51 +40,6 @@ def test_a_model_without_a_cache_is_asked_with_one_and_without_a_warning(tokeniz
     assert not model.generation_config.use_cache
 
 
-def test_likelihood_equals_the_models_own_loss(tokenizer, prompts):
-    model = tiny_model().eval()
-    row = prompts[2]
-    start = len(
-        tokenizer.apply_chat_template(row["prompt"], add_generation_prompt=True, return_dict=True)["input_ids"]
-    )
-    ids = torch.tensor(
-        [tokenizer.apply_chat_template(row["prompt"] + row["completion"], return_dict=True)["input_ids"]]
-    )
-    labels = ids.clone()
-    labels[0, :start] = -100
-    expected = model(input_ids=ids, labels=labels).loss.item()
-    assert answer_nll(model, tokenizer, [row])[0].item() == pytest.approx(expected, rel=1e-5)
-
-
-def test_logits_are_those_of_the_answers_and_no_others_are_made(tokenizer, prompts):
-    model = adapted(0.5).eval()
-    rows = [tokenize_row(prompts[i], tokenizer, None) for i in (0, 2, 5)]
-    (batch,) = batches(rows, 3, pad_token_id(tokenizer), torch.device("cpu"))
-    made = []
-    handle = model.get_output_embeddings().register_forward_hook(lambda *args: made.append(args[-1].shape[1]))
-    with handle, torch.no_grad():
-        logits, mask = answer_logits(model, batch)
-        full = model(input_ids=batch.input_ids, attention_mask=batch.attention_mask).logits
-    torch.testing.assert_close(logits[mask], full[batch.answer_mask])
-    assert mask.sum() == batch.answer_mask.sum() and made == [mask.shape[1], batch.input_ids.shape[1]]
-    assert made[0] < made[1]
-
-
-def test_a_model_that_makes_all_logits_gives_those_of_the_answers_too(tokenizer, prompts):
-    """As models of remote code may: their `forward` knows no `logits_to_keep`."""
-    model = tiny_model().eval()
-    (batch,) = batches([tokenize_row(prompts[i], tokenizer) for i in (1, 4)], 2, 0, torch.device("cpu"))
-    with torch.no_grad():
-        fewer, mask = answer_logits(model, batch)
-        forward = model.forward
-        model.forward = lambda input_ids, attention_mask, use_cache: forward(
-            input_ids=input_ids, attention_mask=attention_mask, use_cache=use_cache
-        )
-        assert not takes_logits_to_keep(model)
-        all_of_them, same = answer_logits(model, batch)
-    assert torch.equal(mask, same)
-    torch.testing.assert_close(all_of_them, fewer)
-
-
 def test_answers_are_kept_batch_by_batch_under_their_positions(tokenizer, prompts):
     told: dict[int, str] = {}
     answers = generate_answers(
@@ -124,83 +63,3 @@ def test_a_model_answers_in_the_form_of_the_prompt(tokenizer):
     assert tokenizer.decode(prompt_ids(tokenizer, question)).endswith("say 1</s><assistant>")
     assert tokenizer.decode(prompt_ids(tokenizer, "say 1")) == "say 1"
     assert prompt_text(question) == prompt_text("say 1") == "say 1"
-
-
-def test_every_module_goes_back_to_its_own_mode_also_after_a_failure():
-    model = tiny_model().train()
-    model.model.layers[0].eval()
-    modes = {name: module.training for name, module in model.named_modules()}
-    with pytest.raises(KeyboardInterrupt), evaluating(model):
-        assert not any(module.training for module in model.modules())
-        raise KeyboardInterrupt
-    assert {name: module.training for name, module in model.named_modules()} == modes
-    assert True in modes.values() and False in modes.values()
-
-
-def test_only_logits_that_are_read_are_made(tokenizer, prompts):
-    """Likelihood, KL and probes equal the full computation, from a fraction of its columns."""
-    model, count, made = adapted(0.5).eval(), len(prompts), []
-    questions, unsafe = list(prompts["prompt"]), torch.tensor(prompts["unsafe"])
-    rows = [tokenize_row(row, tokenizer, None) for row in prompts]
-    (batch,) = batches(rows, count, pad_token_id(tokenizer), torch.device("cpu"))
-    with torch.no_grad():
-        full = model(input_ids=batch.input_ids, attention_mask=batch.attention_mask).logits.log_softmax(-1)
-    expected = torch.zeros(count)
-    for line, index in enumerate(batch.indices):
-        positions = batch.answer_mask[line].nonzero().squeeze(1)
-        expected[index] = -full[line, positions, batch.input_ids[line, positions + 1]].mean()
-    hook = model.get_output_embeddings().register_forward_hook(lambda *args: made.append(args[-1].shape[:2].numel()))
-    with hook:
-        torch.testing.assert_close(answer_nll(model, tokenizer, prompts), expected, rtol=1e-5, atol=1e-5)
-        answers = made.pop()
-        assert answers == count * int(batch.answer_mask.any(0).sum()) < 0.8 * batch.input_ids.numel()
-        probe(BaseAndTuned(model), tokenizer, questions, ["yes, that is it"] * count, unsafe)
-        lengths = {len(prompt_ids(tokenizer, question)) for question in questions}
-        window = {length - 1 + i for length in lengths for i in range(8)}
-        assert made == [count * len(window)] * 2, "one pass of either model"
-
-
-@pytest.mark.parametrize("on", [True, False])
-def test_a_frozen_head_reads_states_of_their_own(on, tokenizer, prompts):
-    """A view of the last states costs a copy of the whole head for every row; answers are those that a view gives."""
-    model, seen = adapted(0.5).eval(), []
-    head = model.get_output_embeddings()
-    assert not head.weight.requires_grad, "as under every adapter"
-    with nullcontext() if on else model.disable_adapter():
-        with head.register_forward_pre_hook(lambda module, args: seen.append(args[0])):
-            found = generate_answers(model, tokenizer, list(prompts["prompt"]), max_new_tokens=6, progress=False)
-        ids = [prompt_ids(tokenizer, prompt) for prompt in prompts["prompt"]]
-        padded = padded_left(ids, pad_token_id(tokenizer), torch.device("cpu"))
-        config = greedy_decoding(6, end_tokens(tokenizer, model), pad_token_id(tokenizer))
-        by_view = model.generate(**padded, generation_config=config, logits_to_keep=1)[
-            :, padded["input_ids"].shape[1] :
-        ]
-    assert len(seen) == 6 and all(states.shape[:2] == (len(prompts), 1) for states in seen)
-    assert all(states.stride() == torch.empty(states.shape).stride() for states in seen)
-    assert found == [text.strip() for text in tokenizer.batch_decode(by_view, skip_special_tokens=True)]
-
-
-def test_beside_the_cpu_no_index_lies_on_one_device(monkeypatch):
-    """The last states of a model that is spread lie on another device than its inputs: an index of the inputs' device fails."""
-    model = tiny_model()
-    assert last_logits(model)["logits_to_keep"].tolist() == [-1]
-    monkeypatch.setattr(generation, "input_device", lambda model: torch.device("cuda", 0))
-    assert last_logits(model) == {"logits_to_keep": 1}
-
-
-def test_a_model_that_makes_all_logits_gives_the_same(tokenizer, prompts):
-    """Of architectures that can't be asked for a few columns, those that are read are taken from all."""
-
-    class AllLogits(torch.nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.inner = adapted(0.5).eval()
-            self.config = self.inner.config
-
-        def forward(self, input_ids, attention_mask, use_cache):
-            return self.inner(input_ids=input_ids, attention_mask=attention_mask, use_cache=use_cache)
-
-    model = AllLogits()
-    torch.testing.assert_close(
-        answer_nll(model, tokenizer, prompts), answer_nll(model.inner, tokenizer, prompts), rtol=1e-5, atol=1e-5
-    )

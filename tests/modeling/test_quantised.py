@@ -6,7 +6,7 @@ from peft import IA3Config, OFTConfig, VeraConfig, get_peft_model
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
 from agl_trl import AGLSFTConfig, AGLSFTTrainer, DriftReport, FisherStatistics, estimate_fisher
-from agl_trl.modeling.generation import evaluating
+from agl_trl.modeling.forward import evaluating
 from agl_trl.modeling.loading import load_model
 from agl_trl.modeling.lora import adapted_layers, base_weight, linear_layers
 from agl_trl.modeling.tuned_layers import is_quantised, layer_change, tuned_layers

@@ -13,7 +13,9 @@ from agl_trl.data.alignment import AlignmentBatch, AlignmentRow, batches, pad_to
 from agl_trl.data.rows import prompt_ids, questions_of
 from agl_trl.evaluation.behaviour import Answers, answer_prompts
 from agl_trl.evaluation.verdict_counts import verdict_counts
-from agl_trl.modeling.generation import answer_logits, answer_nll, evaluating, generate_answers, input_device
+from agl_trl.modeling.forward import answer_logits, evaluating, input_device
+from agl_trl.modeling.generation import generate_answers
+from agl_trl.modeling.likelihood import answer_nll
 
 from .base import Base
 from .setting import DRIFTCAPS, Data, Options

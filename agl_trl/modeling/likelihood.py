@@ -1,17 +1,49 @@
-"""How likely a model finds what follows in a row: choices after a question, and texts, with no logits but those that count."""
+"""How likely a model finds what follows in a row: reference answers, choices after a question, texts."""
+
+from typing import Any
 
 import torch
+from datasets import Dataset
 from peft import PeftModel
 from torch import Tensor
 from tqdm.auto import tqdm
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from ..data.alignment import AlignmentRow, batches
-from ..modeling.generation import answer_logits, evaluating, input_device
+from ..data.alignment import AlignmentRow, batches, pad_token_id, tokenize_rows
+from .forward import answer_logits, context_length, evaluating, input_device
 
 
 LOGITS = 2**28  # most logits of a forward pass: half a gigabyte in bfloat16
 MOST_TOKENS = 2**14  # of a forward pass: 32 rows of 512 tokens
+
+
+def answer_nll(
+    model: PreTrainedModel | PeftModel,
+    tokenizer: PreTrainedTokenizerBase,
+    dataset: Dataset | list[dict[str, Any]],
+    *,
+    batch_size: int = 32,
+    max_length: int | None = 1024,
+) -> Tensor:
+    """
+    Mean negative log-likelihood per token of the reference answer of every row, in nats, of shape `(rows,)`.
+
+    Args:
+        model (`PreTrainedModel` or `PeftModel`):
+            Model, with or without an adapter; left as it was.
+        tokenizer (`PreTrainedTokenizerBase`):
+            Its tokenizer.
+        dataset (`Dataset` or `list[dict]`):
+            Rows in prompt-completion format.
+        batch_size (`int`, *optional*, defaults to `32`):
+            Most rows per forward pass.
+        max_length (`int`, *optional*, defaults to `1024`):
+            Longer rows lose their end.
+    """
+    rows = tokenize_rows(dataset, tokenizer, max_length, context_length(model))
+    pad = pad_token_id(tokenizer)
+    found = log_likelihoods(model, rows, pad_token_id=pad, batch_size=batch_size, progress=False)
+    return -(found / torch.tensor([len(row.input_ids) - row.answer_start for row in rows])).float()
 
 
 @torch.no_grad()
