@@ -1,7 +1,7 @@
 """The command `agl-trl drift`: its options, and who does what they ask."""
 
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import typer
 
@@ -81,6 +81,19 @@ def drift(
 ) -> None:
     """Report how far a model has moved from its base: weights per layer, and answers where prompts are given."""
     quiet()
+    common: dict[str, Any] = dict(
+        output_dir=output_dir,
+        prompts=prompts,
+        limit=limit,
+        judge=judge,
+        fail_if=fail_if or (),
+        sequential=sequential,
+        html=html,
+        with_answers=with_answers,
+        junit=junit,
+        max_new_tokens=max_new_tokens,
+        batch_size=batch_size,
+    )
     if base_url or tuned_url or base_model_id or tuned_model_id:
         from .drift_served import drift_served
 
@@ -97,17 +110,7 @@ def drift(
                 "--suite": suite,
                 "--ability": ability[0] if ability else None,
             },
-            output_dir=output_dir,
-            prompts=prompts,
-            limit=limit,
-            judge=judge,
-            fail_if=fail_if or (),
-            sequential=sequential,
-            html=html,
-            with_answers=with_answers,
-            junit=junit,
-            max_new_tokens=max_new_tokens,
-            batch_size=batch_size,
+            **common,
         )
         return
     if base is None:
@@ -116,21 +119,11 @@ def drift(
 
     drift(
         base=base,
-        output_dir=output_dir,
         adapter=adapter,
         tuned=tuned,
         fisher=fisher,
-        prompts=prompts,
-        limit=limit,
-        judge=judge,
         suite=suite,
         ability=ability or (),
         ability_limit=ability_limit,
-        fail_if=fail_if or (),
-        sequential=sequential,
-        html=html,
-        with_answers=with_answers,
-        junit=junit,
-        max_new_tokens=max_new_tokens,
-        batch_size=batch_size,
+        **common,
     )

@@ -10,7 +10,7 @@ import typer
 from peft import PeftModel
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from ..artifacts.files import REFERENCE_ANSWERS_FILE, ArtifactError, check_writable, write_atomically
+from ..artifacts.files import REFERENCE_ANSWERS_FILE, ArtifactError, check_file, write_atomically
 from ..artifacts.location import find_artifact
 from ..data.alignment import AlignmentRow, driftcaps_requests, select_rows, tokenize_rows
 from ..data.files import load_rows
@@ -82,7 +82,7 @@ def screen(
         raise ValueError(f"`--drop` must be a share below 1 or a whole number of rows, got {drop:g}.")
     for path in (scores, output):
         if path is not None:
-            check_writable(path.parent)
+            check_file(path)
     rows = load_rows(dataset, split, config)
     count = 0 if drop is None else round(drop * len(rows)) if drop < 1 else round(drop)
     if count >= len(rows):

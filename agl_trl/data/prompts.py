@@ -195,7 +195,7 @@ def _reason(spec: PromptSet, error: Exception) -> str:
         return f"There is no dataset '{name}' on the Hub, or it is private: log in with `hf auth login`."
     if isinstance(error, ConnectionError):
         return f"Can't reach '{name}' on the Hub, and it isn't cached: go online, or give a file instead."
-    return f"Can't read prompts from '{name}': {read_failure(error)}."
+    return f"Can't read rows from '{name}': {read_failure(error)}."
 
 
 def _guess(name: str, rows: Dataset, licence: str) -> PromptSet:

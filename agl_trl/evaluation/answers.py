@@ -1,7 +1,7 @@
 """Answers of one model to prompts: greedy texts, their verdicts, and the likelihood of the reference answers."""
 
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from datasets import Dataset
@@ -9,7 +9,7 @@ from peft import PeftModel
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from ..data.rows import prompt_text, questions_of
+from ..data.rows import Messages, prompt_text, questions_of
 from ..modeling.forward import context_length
 from ..modeling.generation import end_tokens, generate_answers, opened_by_template
 from ..modeling.likelihood import answer_nll
@@ -75,26 +75,17 @@ def answer_prompts(
         f"{'' if context is None else f' ({context} with the prompt)'}, "
         f"{'until token ' + ' or '.join(map(str, ends)) if ends else 'without an end token'}"
     )
-    keys = [] if store is None else [store.key(f"{desc}, {decoding}", str(question)) for question in questions]
-    missing = [i for i in range(len(questions)) if store is None or keys[i] not in store.answers]
-    texts = ["" if i in set(missing) or store is None else store.answers[keys[i]] for i in range(len(questions))]
-
-    def keep(indices: list[int], answers: list[str]) -> None:
-        for index, text in zip(indices, answers, strict=True):
-            texts[missing[index]] = text
-        if store is not None:
-            store.add([keys[missing[index]] for index in indices], answers)
-
-    generate_answers(
+    texts = kept_answers(
         model,
         tokenizer,
-        [questions[i] for i in missing],
+        questions,
+        store=store,
+        kind=f"{desc}, {decoding}",
         max_new_tokens=max_new_tokens,
         batch_size=batch_size,
         end_token_ids=ends,
         desc=desc,
         progress=progress,
-        on_batch=keep,
     )
     nll = torch.full((len(prompts),), torch.nan)
     if "completion" in prompts.column_names:
@@ -102,6 +93,44 @@ def answer_prompts(
     judged = [opened_by_template(tokenizer, prompt) + text for prompt, text in zip(questions, texts, strict=True)]
     verdicts = (judge or StringJudge())([prompt_text(question) for question in questions], judged)
     return Answers(texts, verdicts, nll, decoding)
+
+
+def kept_answers(
+    model: PreTrainedModel | PeftModel,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: list[Messages],
+    *,
+    store: AnswerCache | None,
+    kind: str,
+    **options: Any,
+) -> list[str]:
+    """
+    Greedy answers, those that are kept as they are, and the others kept as soon as they are there.
+
+    Args:
+        model (`PreTrainedModel` or `PeftModel`):
+            Model as it is.
+        tokenizer (`PreTrainedTokenizerBase`):
+            Its tokenizer.
+        prompts (`list`):
+            Conversations or plain texts.
+        store ([`AnswerCache`], *optional*):
+            Where answers are kept.
+        kind (`str`):
+            Whose answers these are, and how they are made.
+        options:
+            Further arguments of [`generate_answers`].
+    """
+    if store is None:
+        return generate_answers(model, tokenizer, prompts, **options)
+    keys = [store.key(kind, str(prompt)) for prompt in prompts]
+    missing = [i for i, key in enumerate(keys) if key not in store.answers]
+
+    def keep(indices: list[int], answers: list[str]) -> None:
+        store.add([keys[missing[index]] for index in indices], answers)
+
+    generate_answers(model, tokenizer, [prompts[i] for i in missing], on_batch=keep, **options)
+    return [store.answers[key] for key in keys]
 
 
 def answer_until(

@@ -10,7 +10,7 @@ from pathlib import PurePosixPath, PureWindowsPath
 from typing import Any, Literal, NamedTuple
 
 from ..artifacts.files import first_line
-from ..artifacts.upload import httpx
+from ..artifacts.http_client import httpx
 from ..data.rows import Messages, Row, content_text, row_name, template_options
 
 
@@ -146,7 +146,7 @@ class ServedModel:
             except httpx.ReadTimeout as error:
                 advice = "is it busy?" if method == "GET" else "ask fewer at once, with a smaller `--batch-size`."
                 raise EngineError(f"{place} did not answer within {seconds:g} seconds: {advice}") from error
-            except httpx.TransportError as error:
+            except httpx.RequestError as error:
                 reason = f"can't be reached or dropped the connection ({type(error).__name__})"
                 if method == "GET" and isinstance(error, httpx.ConnectError | httpx.ConnectTimeout):
                     raise EngineError(f"{place} can't be reached ({type(error).__name__}): is it running?") from error

@@ -12,10 +12,11 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..data.abilities import AbilitySet, ExactMatch
 from ..data.alignment import AlignmentRow
-from ..data.rows import Conversation, content_ids, told_by
-from ..modeling.generation import generate_answers, opened_by_template
+from ..data.rows import Conversation, Messages, content_ids, told_by
+from ..modeling.generation import opened_by_template
 from ..modeling.reasoning import without_reasoning
 from .answer_cache import AnswerCache
+from .answers import kept_answers
 from .multiple_choice import as_question
 
 
@@ -82,27 +83,18 @@ def answered(
     """Greedy answers of a model as it is to a set of exact match; arguments as in [`measure_abilities`]."""
     longest = max(len(tokenizer(row.answer, add_special_tokens=False)["input_ids"]) for row in one.rows)
     room = max(max_new_tokens, longest + ROOM)
-    prompts = [asked(row, tokenizer) for row in one.rows]
-    keys = [] if store is None else [store.key(f"{desc}, {room} tokens, {end_token_ids}", str(p)) for p in prompts]
-    texts = [""] * len(prompts) if store is None else [store.answers.get(key, "") for key in keys]
-    missing = [i for i in range(len(prompts)) if store is None or keys[i] not in store.answers]
-
-    def keep(indices: list[int], answers: list[str]) -> None:
-        for index, text in zip(indices, answers, strict=True):
-            texts[missing[index]] = text
-        if store is not None:
-            store.add([keys[missing[index]] for index in indices], answers)
-
-    generate_answers(
+    prompts: list[Messages] = [asked(row, tokenizer) for row in one.rows]
+    texts = kept_answers(
         model,
         tokenizer,
-        [prompts[i] for i in missing],
+        prompts,
+        store=store,
+        kind=f"{desc}, {room} tokens, {end_token_ids}",
         max_new_tokens=room,
         batch_size=batch_size,
         end_token_ids=end_token_ids,
         desc=desc,
         progress=progress,
-        on_batch=keep,
     )
     said = []
     for row, prompt, text in zip(one.rows, prompts, texts, strict=True):

@@ -166,9 +166,8 @@ def _of_batch(model: PreTrainedModel | PeftModel, batch: AlignmentBatch) -> tupl
     last = torch.tensor([batch.input_ids.shape[1] - 1])  # logits are not wanted
     states = forward_at(model, batch, last, output_hidden_states=True).hidden_states[1:]
     lines, ends = torch.arange(len(batch.input_ids)), batch.answer_mask.int().argmax(1)
-    mask = batch.answer_mask.roll(1, dims=1).unsqueeze(
-        2
-    )  # the tokens of the answer themselves; the last column is never marked
+    # The tokens of the answer themselves, and not those before them; the last column is never marked.
+    mask = batch.answer_mask.roll(1, dims=1).unsqueeze(2)
     requests, answers = [], []
     for state in states:
         here = mask.to(state.device)

@@ -284,9 +284,9 @@ MISSING = "There is no dataset '{}' on the Hub, or it is private: log in with `h
         ("someone/prompts", DatasetNotFoundError("None."), http(RepositoryNotFoundError, 401), MISSING),
         ("xstest", DatasetNotFoundError("None."), None, MISSING),
         ("xstest", http(HfHubHTTPError, 403), None, GATED),
-        ("xstest", http(HfHubHTTPError, 500), None, "Can't read prompts from '{}': Denied."),
+        ("xstest", http(HfHubHTTPError, 500), None, "Can't read rows from '{}': Denied."),
         ("xstest", ValueError("No such configuration.\nChoose."), None, "from '{}': No such configuration."),
-        ("xstest", ValueError(), None, "Can't read prompts from '{}': ValueError."),
+        ("xstest", ValueError(), None, "Can't read rows from '{}': ValueError."),
     ],
 )
 def test_what_the_hub_denies_is_told_in_one_sentence(name, error, cause, sentence, monkeypatch):

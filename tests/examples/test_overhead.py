@@ -3,6 +3,7 @@
 import json
 from collections import Counter
 
+import numpy as np
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
@@ -16,6 +17,7 @@ from examples.benchmark.overhead.fisher import saved_bytes
 from examples.benchmark.overhead.growth import growth, regularizer_of
 from examples.benchmark.overhead.memory import PASSES, fisher_pass
 from examples.benchmark.overhead.shapes import SHAPES, lora_of, model_of, rows_of
+from examples.benchmark.overhead.turns import mean_ratio
 
 
 def operators(layers: int, **options) -> tuple[Counter[str], set[str]]:
@@ -80,6 +82,12 @@ def test_passes_are_measured_against_an_epoch(tmp_path):
     overhead.main(steps=2, only="penalty", parts="fisher", rows=4, rounds=1, output_dir=tmp_path)
     one, both, *_ = json.loads((tmp_path / "embedded-sft.json").read_text())["fisher"]
     assert one["file MB"] < both["file MB"] and 0 < one["ratio to an epoch"] and 0 < one["extra MB"]
+
+
+def test_what_is_done_at_some_steps_alone_is_in_the_ratio():
+    cycles = np.array([[1.0, 1.0, 1.0, 3.0], [1.0, 1.0, 1.0, 5.0], [1.0, 9.0, 1.0, 4.0]])  # one step that was held up
+    assert mean_ratio(cycles) == pytest.approx(1.75) and np.median(cycles) == 1.0
+    assert mean_ratio(np.stack([cycles, 2 * cycles])).tolist() == pytest.approx([1.75, 3.5])
 
 
 def test_trainers_take_turns(tmp_path):

@@ -32,7 +32,10 @@ from .waits import waits_per_step
 
 PARTS = ("time", "memory", "fisher", "growth", "waits")
 TITLES = {
-    "time": "Step time relative to TRL: median over steps taken in turns, 95 % bootstrap interval; AGL's own work, timed alone",
+    "time": (
+        "Step time relative to TRL: mean over a cycle of eight steps of the medians over cycles, taken in turns; 95 % bootstrap "
+        "interval; AGL's own work, timed alone"
+    ),
     "memory": "Peak memory of a whole run, Fisher pass included, relative to TRL: each in a process of its own",
     "fisher": "Fisher pass relative to an SFT epoch over the same rows",
     "growth": "Fitted exponents of growth: 1 is proportional",

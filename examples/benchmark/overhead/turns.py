@@ -45,6 +45,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "alignment-risk": {},
 }
 M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # of malloc.h
+CYCLE = 8  # steps after which every variant does the same again
 PROTECTED_ROWS = 8  # a few: no step depends on their number
 SFT_ONLY = {"replay of 1 row": ReplayTrainer, "alignment-risk": PeerTrainer}
 
@@ -147,25 +148,34 @@ def step_seconds(
     return {name: turn.seconds[2:] for name, turn in zip(names, turns, strict=True)}, work
 
 
+def mean_ratio(ratios: np.ndarray) -> np.ndarray:
+    """
+    Mean over the steps of a cycle of the median ratio at each, over the last axis but one, of shape `(..., cycles, steps)`. A median
+    over all steps would not see what is done at every eighth, and take either kind for all where it is done at every second.
+    """
+    return np.median(ratios, axis=-2).mean(-1)
+
+
 def step_ratios(names: list[str], shape: Shape, kind: str, steps: int) -> list[dict[str, Any]]:
     """
-    Per variant the median ratio of step times to TRL's, over steps taken in turns, and its seeded bootstrap interval; and
-    AGL's own work, timed alone, relative to TRL's median step.
+    Per variant the ratio of step times to TRL's ([`mean_ratio`] over steps taken in turns), and its seeded bootstrap interval over
+    cycles; and AGL's own work, timed alone, relative to TRL's median step.
     """
     taken, work = step_seconds(names, shape, kind, steps)
     seconds = {name: np.array(values) for name, values in taken.items()}
+    cycle = min(CYCLE, steps)
     lines = []
     for name, values in seconds.items():
-        ratios = values / seconds["TRL"]
-        medians = np.median(np.random.default_rng(0).choice(ratios, (2000, len(ratios))), axis=1)
-        low, high = np.quantile(medians, (0.025, 0.975))
+        ratios = (values / seconds["TRL"])[: steps // cycle * cycle].reshape(-1, cycle)
+        drawn = np.random.default_rng(0).integers(len(ratios), size=(2000, len(ratios)))
+        low, high = np.quantile(mean_ratio(ratios[drawn]), (0.025, 0.975))
         lines.append(
             {
                 "variant": name,
-                "ratio of step time": float(np.median(ratios)),
+                "ratio of step time": float(mean_ratio(ratios)),
                 "low": float(low),
                 "high": float(high),
-                "ms a step": float(1e3 * np.median(values)),
+                "ms a step": float(1e3 * mean_ratio(values[: ratios.size].reshape(ratios.shape))),
                 "steps": steps,
             }
             | ({"own work": work[name] / float(np.median(seconds["TRL"]))} if name in work else {})
