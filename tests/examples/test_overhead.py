@@ -10,6 +10,7 @@ from peft import LoraConfig, get_peft_model
 from torch.profiler import profile
 from typer import BadParameter
 
+from agl_trl import AlignGuardConfig
 from agl_trl.miniworld import load_tokenizer
 from agl_trl.trainer.gradients import add_gradients
 from examples.benchmark.overhead import __main__ as overhead
@@ -17,7 +18,7 @@ from examples.benchmark.overhead.fisher import saved_bytes
 from examples.benchmark.overhead.growth import growth, regularizer_of
 from examples.benchmark.overhead.memory import PASSES, fisher_pass
 from examples.benchmark.overhead.shapes import SHAPES, lora_of, model_of, rows_of
-from examples.benchmark.overhead.turns import mean_ratio
+from examples.benchmark.overhead.turns import build, mean_ratio
 
 
 def operators(layers: int, **options) -> tuple[Counter[str], set[str]]:
@@ -82,6 +83,17 @@ def test_passes_are_measured_against_an_epoch(tmp_path):
     overhead.main(steps=2, only="penalty", parts="fisher", rows=4, rounds=1, output_dir=tmp_path)
     one, both, *_ = json.loads((tmp_path / "embedded-sft.json").read_text())["fisher"]
     assert one["file MB"] < both["file MB"] and 0 < one["ratio to an epoch"] and 0 < one["extra MB"]
+
+
+def test_the_default_is_timed_as_it_is_shipped(tmp_path):
+    sizes = {
+        name: build(name, SHAPES["embedded"], "sft", 2, str(tmp_path)).args.anchor_batch_size
+        for name in ("KL budget (default)", "KL on as many rows")
+    }
+    assert sizes == {
+        "KL budget (default)": AlignGuardConfig().anchor_batch_size,
+        "KL on as many rows": SHAPES["embedded"].batch,
+    }
 
 
 def test_what_is_done_at_some_steps_alone_is_in_the_ratio():

@@ -91,7 +91,7 @@ def build(name: str, shape: Shape, kind: str, steps: int, folder: str, *callback
             ]
     else:
         ours, config = (AGLDPOTrainer, AGLDPOConfig) if kind == "dpo" else (AGLSFTTrainer, AGLSFTConfig)
-        options = VARIANTS[name] | (dict(anchor_batch_size=shape.batch) if name.startswith("KL") else {})
+        options = VARIANTS[name] | (dict(anchor_batch_size=shape.batch) if name == "KL on as many rows" else {})
         args = config(**common, **options, fisher_num_samples=PROTECTED_ROWS, fisher_batch_size=shape.batch)
         trainer = ours(model_of(shape), args=args, alignment_dataset=rows, **data)
     trainer.remove_callback(PrinterCallback)
