@@ -2,7 +2,7 @@
 Train every method on every protocol with every seed, and report what each kept and what it cost:
 
     python -m examples.benchmark --quick                      # a few methods, one task, one seed: under 10 minutes on 2 cores
-    python -m examples.benchmark                              # core methods on everything, all on two protocols; 4 hours on 2 cores
+    python -m examples.benchmark                              # core methods on everything, all on two protocols: an estimated 4 hours on 2 cores
     python -m examples.benchmark --methods lora,agl-3,replay --protocols steps,hostile-10 --seeds 3
 
 Every finished run is one JSON file under `--output-dir`/runs; a run that is already there is not repeated, so an interrupted
