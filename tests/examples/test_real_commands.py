@@ -1,13 +1,20 @@
 """The README's commands with their costs: each a process, told as it ends, and not repeated."""
 
 import json
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
+import httpx
 import pytest
 
+from agl_trl import DriftReport
 from agl_trl.miniworld import load_model, load_tokenizer
-from examples.benchmark.real.commands import LINES_FILE, Cost, Options, main
+from agl_trl.space.models import ADAPTERS
+from examples.benchmark.real.ask_space import Options as AskOptions
+from examples.benchmark.real.ask_space import main as ask
+from examples.benchmark.real.commands import ATTACHED, LINES_FILE, Cost, Options, main
+from tests.helpers.hub_fixtures import hub_variables
+from tests.helpers.processes import free_port
 
 
 def options(folder: Path, *names: str) -> Options:
@@ -16,9 +23,14 @@ def options(folder: Path, *names: str) -> Options:
     return Options(str(folder / "model"), str(rows), str(rows), folder / "out", rows=2, dtype="float32", only=[*names])
 
 
-def test_a_command_is_timed_and_not_repeated(tmp_path):
+@pytest.fixture
+def model(tmp_path: Path) -> Path:
     load_model().save_pretrained(tmp_path / "model")
     load_tokenizer().save_pretrained(tmp_path / "model")
+    return tmp_path / "model"
+
+
+def test_a_command_is_timed_and_not_repeated(model, tmp_path):
     for _ in range(2):
         assert main(options(tmp_path, "fisher")) == 0
     (line,) = (tmp_path / "out" / LINES_FILE).read_text().splitlines()
@@ -38,6 +50,24 @@ def test_a_command_that_failed_is_told_and_tried_again(tmp_path, capfd):
     assert len((tmp_path / "out" / LINES_FILE).read_text().splitlines()) == 2
 
 
+@pytest.mark.slow  # a training, a push and three reports, each in a process of its own
+def test_what_is_pushed_is_measured_again(model, tmp_path, hub, monkeypatch):
+    for name, value in hub_variables(hub, tmp_path / "home").items():
+        monkeypatch.setenv(name, value)
+    pushed = options(tmp_path, "fisher", "train", "attach", "push", "load back")
+    assert main(replace(pushed, repo="alice/tuned", steps=2)) == 0
+    first, again = (DriftReport.from_pretrained(tmp_path / "out" / name) for name in (ATTACHED, "back"))
+    assert first.mean_relative_drift == again.mean_relative_drift > 0
+
+
 def test_there_is_no_other_command(tmp_path):
     with pytest.raises(ValueError, match="no command 'fish'; known are fisher, fisher --bits 4, train"):
         main(options(tmp_path, "fish"))
+
+
+def test_the_app_is_asked_and_stopped(capfd):
+    asked = AskOptions("miniworld", str(ADAPTERS / "agl"), max_new_tokens=4, port=free_port())
+    ask(asked)
+    assert "all answers" in capfd.readouterr().out
+    with pytest.raises(httpx.ConnectError):  # nobody listens any more
+        httpx.get(f"http://127.0.0.1:{asked.port}/")

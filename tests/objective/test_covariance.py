@@ -104,6 +104,18 @@ def test_sketch_of_fewer_rows_than_columns_and_of_zeros_stays_finite():
     assert zero.trace() == 0 and torch.isfinite(zero.eigenvectors).all()
 
 
+@pytest.mark.parametrize("wide", [False, True])
+def test_sums_are_float32_where_the_model_computes_in_16_bit(wide):
+    """The hooks that call it run inside the model's forward pass, and with `bf16=True` inside autocast."""
+    dim = EXACT_UP_TO + 64 if wide else 48
+    rows, omega = torch.randn(32, dim, generator=torch.Generator().manual_seed(0)), sketch_matrix(dim, 16, 0)
+    plain, cast = CovarianceSketch(dim, omega), CovarianceSketch(dim, omega)
+    plain.update(rows)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        cast.update(rows)
+    assert cast.sums.dtype == torch.float32 and torch.equal(cast.sums, plain.sums)
+
+
 def test_sketch_matrix_leaves_the_global_random_state_alone():
     before = torch.get_rng_state()
     sketch_matrix(EXACT_UP_TO + 1, 4, seed=1)

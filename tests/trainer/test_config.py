@@ -9,8 +9,9 @@ from peft import LoraConfig, get_peft_model
 from transformers import TrainerCallback
 from trl import SFTConfig, SFTTrainer
 
-from agl_trl import AGLSFTConfig, AGLSFTTrainer, DriftReport
+from agl_trl import AGLSFTConfig, AGLSFTTrainer, DriftReport, FisherStatistics
 from agl_trl.modeling.lora import adapted_layers
+from agl_trl.objective.covariance import EXACT_UP_TO
 from tests.helpers.models import chat_rows, tiny_model
 from tests.helpers.training import COMMON, adapter_of, agl_trainer, lora
 
@@ -71,6 +72,19 @@ def check(trainer, folder):
 def test_training_options(name, tmp_path, tokenizer, train_rows, alignment_rows):
     trainer = agl_trainer(tmp_path, tokenizer, train_rows, alignment_rows, **dict(max_steps=2) | CONFIGS[name])
     check(trainer, tmp_path)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_layers_wide_enough_for_a_sketch_in_16_bit(dtype, tmp_path, tokenizer, train_rows, alignment_rows):
+    """As every model of use has them; the statistics, taken in the wrapped model, are those of float32 beyond 16 bit's rounding."""
+    taken = []
+    for half in (True, False):
+        model = tiny_model(intermediate_size=EXACT_UP_TO + 64, dtype=dtype)
+        trainer = agl_trainer(tmp_path, tokenizer, train_rows, alignment_rows, model, max_steps=2, bf16=half)
+        check(trainer, tmp_path)
+        taken.append(FisherStatistics.from_pretrained(tmp_path))
+    half, full = (torch.stack([covariance.trace() for covariance in side.inputs.values()]) for side in taken)
+    torch.testing.assert_close(half, full, rtol=0.03, atol=0)
 
 
 @pytest.mark.parametrize("name", DATASETS)

@@ -4,7 +4,8 @@ Run the README's commands on a real model, one after the other, and say what eac
     python -m examples.benchmark.real.commands --model ID --task rows.jsonl --prompts prompts.jsonl --output outputs/commands
 
 Every command is a process of its own, as a user would start it: statistics, the same of the model in 4 bits, a training through
-`accelerate launch` with a YAML file, drift, evidence attached to the adapter, a projection of it. Time is from start to end, with
+`accelerate launch` with a YAML file, drift, evidence attached to the adapter, a projection of it, the app, which is asked once. With
+`--repo user/name` also a push to the Hub, and the drift of what comes back from there. Time is from start to end, with
 imports and loading. Memory is the largest that the process (or one that it started) had resident, over the size of the model's files.
 A command that has ended is not repeated: what was interrupted goes on where it stopped.
 """
@@ -45,6 +46,9 @@ class Options:
     max_new_tokens: int = field(default=64, metadata={"help": "Longest answer."})
     steps: int = field(default=5, metadata={"help": "Optimizer steps of the training, of 8 rows."})
     dtype: str = field(default="bfloat16", metadata={"help": "Type of the weights in training and statistics."})
+    repo: str | None = field(
+        default=None, metadata={"help": "Repo on the Hub to push to; by default there is no push."}
+    )
     only: list[str] = field(default_factory=list, metadata={"help": "Names of commands; by default all of them."})
 
 
@@ -75,6 +79,10 @@ def plan(options: Options) -> dict[str, list[str]]:
         str(options.max_new_tokens),
     ]
     based = ["--base", options.model]
+    hub: dict[str, list[str]] = {}
+    if options.repo is not None:
+        hub["push"] = [*agl, "push", str(out / ATTACHED), options.repo]
+        hub["load back"] = [*agl, "drift", *based, "--adapter", options.repo, "--output-dir", str(out / "back")]
     return {
         "fisher": [*fisher, "--output-dir", statistics],
         "fisher --bits 4": [*fisher, "--bits", "4", "--output-dir", f"{statistics}-4bit"],
@@ -82,7 +90,8 @@ def plan(options: Options) -> dict[str, list[str]]:
         "drift": [*agl, "drift", *based, "--adapter", adapter, *asked, "--output-dir", str(out / "report")],
         "attach": [*agl, "attach", str(out / ATTACHED), *based, *asked[:2], "--limit", "20"],
         "project": [*agl, "project", adapter, *based, "--budget", "1e-6", "--output-dir", str(out / "projected")],
-    }
+        "space": [sys.executable, "-m", "examples.benchmark.real.ask_space", *based, "--adapter", adapter],
+    } | hub
 
 
 def main(options: Options) -> int:
