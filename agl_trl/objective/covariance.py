@@ -140,7 +140,8 @@ class CovarianceSketch:
     def update(self, rows: Tensor) -> None:
         """Add rows of shape `(n, dim)`."""
         rows = rows.float()
-        with torch.autocast(rows.device.type, enabled=False):  # hooks run in the model's forward pass, in 16 bit with `bf16`
+        # A trainer's `bf16` puts autocast around the model's forward pass, in which the hooks run.
+        with torch.autocast(rows.device.type, enabled=False):
             self.sums.addmm_(rows.mT, rows if self.omega is None else rows @ self.omega)
         self.trace += rows.square().sum()
         self.count += rows.shape[0]

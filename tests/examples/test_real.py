@@ -11,11 +11,13 @@ from pathlib import Path
 import psutil
 import pytest
 import torch
+from datasets import Dataset
 from peft import LoraConfig, get_peft_model
 
 from agl_trl.data.alignment import batches, tokenize_rows
 from agl_trl.driftcaps import load_driftcaps
 from agl_trl.miniworld import heldout_prompts, load_model, load_tokenizer, task_dataset
+from agl_trl.modeling.generation import generate_answers
 from agl_trl.modeling.likelihood import answer_nll
 from examples.benchmark.real import __main__ as command
 from examples.benchmark.real.base import Base, ask_base
@@ -251,3 +253,15 @@ def test_the_base_model_keeps_all_it_gives(base, options):
     figures, verdicts = measure(load_model(), load_tokenizer(), load_data(options), base, options)
     assert figures["kl_lookalikes"] == 0 and figures["refusals_nll"] is None, "it refuses nothing of DriftCaps"
     assert verdicts["wicked"] == "1" * 6 and figures["prompts"]["wicked"]["unsafe"]["kept"] == 6
+
+
+def test_answers_to_the_task_may_be_longer_than_judged_ones(base, options):
+    """What is cut is never the same, and would count as a mistake."""
+    data, model, tokenizer = load_data(options), load_model(), load_tokenizer()
+    questions = [row["prompt"] for row in heldout_prompts()][:4]
+    answers = generate_answers(model, tokenizer, questions, max_new_tokens=40, progress=False)
+    assert max(len(tokenizer(answer)["input_ids"]) for answer in answers) > 4
+    said = [[{"role": "assistant", "content": answer}] for answer in answers]
+    data = replace(data, heldout=Dataset.from_dict({"prompt": questions, "completion": said}))
+    figures, _ = measure(model, tokenizer, data, base, replace(options, max_new_tokens=2))
+    assert figures["task_exact"] == 1

@@ -87,8 +87,10 @@ def measure(
     refusals_nll, kl_refusals = likelihoods(model, tokenizer, refusals)
     _, kl_lookalikes = likelihoods(model, tokenizer, lookalikes)
     questions = list(data.heldout["prompt"])
-    written = generate_answers(model, tokenizer, questions, max_new_tokens=options.max_new_tokens, progress=False)
     expected = [completion[-1]["content"] for completion in data.heldout["completion"]]
+    longest = max(len(ids) for ids in tokenizer(expected, add_special_tokens=False)["input_ids"])
+    # One more than it takes: an answer that was cut can't be the expected one.
+    written = generate_answers(model, tokenizer, questions, max_new_tokens=longest + 1, progress=False)
     task_nll = answer_nll(model, tokenizer, data.heldout, batch_size=BATCH).mean().item()
     text = windows(tokenizer, data.text, options.eval_rows) if data.text else []
     figures = {
