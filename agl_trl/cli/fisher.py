@@ -9,7 +9,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from ..artifacts.files import FISHER_FILE, FOLDER, REFERENCE_ANSWERS_FILE, check_writable
 from ..artifacts.location import hub_id
 from ..artifacts.upload import FAILURES, PushError, create_repo
-from ..data.alignment import select_rows, tokenize_rows
+from ..data.alignment import raw_text_warning, select_rows, tokenize_rows
 from ..data.files import is_file, load_rows
 from ..data.rows import Row, is_prompt_only
 from ..fisher.calibration import calibrate
@@ -92,6 +92,8 @@ def fisher(
     selected = select_rows(given, num_samples, seed)
     others = select_rows(given, num_look_alikes(NUM_REFERENCE_ANSWERS), seed, unsafe=False)
     loaded, tokenizer = load_model(model, dtype=dtype, device_map=device_map, bits=bits)
+    if (warning := raw_text_warning(selected[0], tokenizer)) is not None:
+        typer.echo(warning, err=True)
     plan = fisher_cost(loaded, rank=rank, shrinkage=shrinkage)
     typer.echo(
         f"{plan.layers} layers, {plan.inputs} shared inputs; {plan.accumulator_bytes / 1e6:.0f} MB of sums beside the model, "

@@ -105,6 +105,16 @@ def _sample(chosen: Sequence[int], num_samples: int | None, seed: int) -> Sequen
     return Dataset.from_dict({"number": chosen}).shuffle(seed=seed)["number"][:num_samples]
 
 
+def raw_text_warning(row: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase) -> str | None:
+    """What to tell somebody whose model has a chat template, while the prompt of a row is text, which is read without it."""
+    if tokenizer.chat_template is None or not isinstance(row.get("prompt"), str):
+        return None
+    return (
+        f"{row_name(row)} has a prompt that is plain text, which is protected as it is, without the chat template: write "
+        '`[{"role": "user", "content": ...}]` if the model is to be asked in conversations.'
+    )
+
+
 def pad_token_id(tokenizer: PreTrainedTokenizerBase) -> int:
     """Padding token; of a tokenizer without one the end-of-sequence token, or any: the attention mask hides it."""
     found = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, TypeAlias
 
+from accelerate.logging import get_logger
 from accelerate.state import AcceleratorState
 from accelerate.utils import DistributedType
 from datasets import Dataset, IterableDataset
@@ -12,11 +13,13 @@ from peft import PeftModel
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixin, TrainingArguments
 
 from ..artifacts.files import FOLDER, write_atomically
-from ..data.alignment import select_rows, tokenize_row
+from ..data.alignment import raw_text_warning, select_rows, tokenize_row
 from ..data.rows import is_prompt_only
 from ..fisher.protected_rows import ALIGNMENT
 from .config import AlignGuardConfig
 
+
+logger = get_logger(__name__)
 
 Rows: TypeAlias = Dataset | IterableDataset | Sequence[dict[str, Any]]
 BEHAVIOUR = re.compile(r"[\w-]{1,60}")
@@ -59,7 +62,7 @@ def check_rows(
     args: TrainingArguments,
 ) -> None:
     """
-    Check that the first row of every dataset can be read, and answered where it has no answer.
+    Check that a row of every dataset can be read, and answered where it has no answer. Text for a chat model is told.
 
     Raises:
         `ValueError`: With the reason.
@@ -76,6 +79,8 @@ def check_rows(
         if tokenizer is None:
             raise ValueError("Alignment rows need a tokenizer: pass `processing_class=`, or set `fisher_path`.")
         (row,) = select_rows(dataset, 1, args.seed)
+        if (warning := raw_text_warning(row, tokenizer)) is not None:
+            logger.warning(warning)
         if not is_prompt_only(row):
             tokenize_row(row, tokenizer, config.fisher_max_length)
             continue

@@ -13,6 +13,7 @@ from agl_trl.data.alignment import (
     batches,
     driftcaps_requests,
     pad_token_id,
+    raw_text_warning,
     select_rows,
     tokenize_row,
 )
@@ -35,6 +36,16 @@ def test_formats_of_the_same_conversation_agree(tokenizer):
     assert [tokenize_row(row, tokenizer) for row in implicit] == expected
     assert [tokenize_row(row, tokenizer).input_ids for row in messages] == [row.input_ids for row in expected]
     assert tokenizer.decode(expected[1].input_ids[expected[1].answer_start :]) == "a 1</s>"
+
+
+def test_text_for_a_model_with_a_chat_template_is_told(tokenizer):
+    (row,) = select_rows([{"prompt": "How do I pick a lock?"}], 1, 0)
+    assert "Row 0 has a prompt that is plain text" in raw_text_warning(row, tokenizer)
+    assert raw_text_warning(chat_rows(1, "q", "a {}")[0], tokenizer) is None
+    assert raw_text_warning({"text": "Plain text that is to stay."}, tokenizer) is None
+    bare = byte_tokenizer()
+    bare.chat_template = None
+    assert raw_text_warning(row, bare) is None
 
 
 def test_plain_text_ends_with_one_end_of_sequence_token(tokenizer):

@@ -156,11 +156,14 @@ def test_several_seeds_are_a_mean_with_half_the_range(finished, options):
     assert "| – |" in table({"base": [base], "plain": [plain, other | {"task_nll": None}]}).splitlines()[-1]
 
 
-def test_other_settings_and_names_are_refused(finished, options, tmp_path):
+def test_other_settings_and_names_are_refused(finished, options, tmp_path, monkeypatch):
     with pytest.raises(ValueError, match="other settings .steps: 2 there, 3 here"):
         command.main(replace(options, steps=3))
     with pytest.raises(ValueError, match="no method 'agls'"):
         chosen_methods(replace(options, methods=["agls"]))
+    monkeypatch.setitem(METHODS, "nothing", dict(agl=dict(anchor_coef=0.0)))
+    with pytest.raises(ValueError, match="'nothing' switches everything of AGL off"):
+        chosen_methods(replace(options, methods=["nothing"]))
     with pytest.raises(ValueError, match="'safe-lora' takes the model before alignment: name it as `--before`"):
         chosen_methods(replace(options, methods=["safe-lora"], before=None))
     with pytest.raises(ValueError, match="`--task` is missing"):

@@ -162,6 +162,13 @@ def test_batch_size_that_is_lowered_keeps_statistics_of_the_start(tmp_path, toke
     assert 0 < trainer.drift_report().mean_relative_drift <= 1e-3
 
 
+def test_protected_text_for_a_chat_model_is_told_once(tmp_path, tokenizer, train_rows, alignment_rows, caplog):
+    plain = [{"prompt": row["prompt"][0]["content"], "completion": "Sorry."} for row in alignment_rows]
+    for rows, times in ((alignment_rows, 0), (Dataset.from_list(plain), 1)):
+        agl_trainer(tmp_path, tokenizer, train_rows, rows, max_steps=1).train()
+        assert caplog.text.count("without the chat template") == times
+
+
 def test_lora_on_embeddings_is_told_and_named_in_the_report(tmp_path, tokenizer, train_rows, alignment_rows, caplog):
     trainer = AGLSFTTrainer(
         tiny_model(),

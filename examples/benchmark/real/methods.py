@@ -55,7 +55,7 @@ METHODS: dict[str, dict[str, Any]] = {
     "agl": dict(agl={}),
     "agl-radius4": dict(agl=dict(trust_radius=4.0)),
     "agl-no-region": dict(agl=dict(trust_radius=None)),
-    "agl-no-anchor": dict(agl=dict(anchor_coef=0.0)),
+    "agl-no-anchor": dict(agl=dict(kl_budget=0.02, anchor_coef=0.0)),
     "agl-terms": dict(agl=dict(task_coef=0.5, collision_coef=0.1, collision_rows=32)),  # the paper's others, on top
     "agl-statistics": dict(agl=dict(drift_budget=3e-3), rows=False),
     "paper": dict(agl=dict(variant="paper")),
@@ -83,9 +83,11 @@ def chosen_methods(options: Options) -> list[str]:
         if method_options(name).get("trainer") is SafeLoraTrainer and options.before is None:
             raise ValueError(f"Method '{name}' takes the model before alignment: name it as `--before`.")
         try:
-            AlignGuardConfig(**method_options(name).get("agl", {}))
+            config = AlignGuardConfig(**method_options(name).get("agl", {}))
         except (TypeError, ValueError) as error:
             raise ValueError(f"Method '{name}': {error}.") from error
+        if not config.agl_enabled:
+            raise ValueError(f"Method '{name}' switches everything of AGL off.")
     return list(dict.fromkeys(names))
 
 
