@@ -154,7 +154,9 @@ def tokenize_row(
         [`RowError`]: If the format is unknown, no token of the answer is left, or the row is too long for the model.
     """
     name = row_name(row)
-    if row.keys() & {"chosen_ids", "input_ids"}:
+    if isinstance(row, Row) and row.tokens is not None:
+        input_ids, start = row.tokens
+    elif row.keys() & {"chosen_ids", "input_ids"}:
         with told_by(name):
             input_ids, start = _given_ids(row)
     else:

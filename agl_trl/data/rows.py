@@ -38,13 +38,19 @@ class Row(dict[str, Any]):
             The row; spaces around the names of its columns are left out.
         number (`int`):
             Its number in the dataset, from 0.
+        tokens (`tuple[list[int], int]`, *optional*):
+            Tokens of the row and the position where its answer begins, as a model wrote them: a chat template may render the
+            text of the answer as something else. They are no column.
     """
 
-    def __init__(self, columns: Mapping[str, Any], number: int):
+    def __init__(self, columns: Mapping[str, Any], number: int, tokens: tuple[list[int], int] | None = None):
         if not isinstance(columns, Mapping):
             raise RowError(f"Row {number} has no columns: it is {short_repr(columns)}.")
         super().__init__({str(name).strip(): value for name, value in columns.items()})
         self.number: int = columns.number if isinstance(columns, Row) else number
+        self.tokens: tuple[list[int], int] | None = (
+            columns.tokens if isinstance(columns, Row) and tokens is None else tokens
+        )
 
 
 def row_name(row: Mapping[str, Any]) -> str:

@@ -110,7 +110,7 @@ def estimate_fisher(
         raise ValueError("The model has no linear layer to measure.")
     selected = select_rows(dataset, num_samples, seed)
     if any(map(is_prompt_only, selected)):
-        selected = answered_by(model, processing_class, selected, progress)
+        selected = answered_by(model, processing_class, selected, progress, max_length=max_length)
     rows = tokenize_rows(selected, processing_class, max_length, context_length(model))
     sums = None
     if resume_dir is not None:

@@ -78,10 +78,14 @@ def forward_at(
     # Counted from the end: prompt tuning puts its own tokens before those of the batch, and has states and logits of them.
     length = batch.input_ids.shape[1]
     columns = columns - length
-    fewer = {"logits_to_keep": columns.to(device)} if takes_logits_to_keep(model) else {}
+    fewer: dict[str, int | Tensor] = {}
+    if takes_logits_to_keep(model):
+        # Of a model on several devices the last states lie where its head is, and an index has to lie there too: a number need not.
+        spread = len({parameter.device for parameter in model.parameters()}) > 1
+        fewer["logits_to_keep"] = -int(columns[0]) if spread else columns.to(device)
     inputs = {"input_ids": batch.input_ids.to(device), "attention_mask": batch.attention_mask.to(device)}
     output = model(**inputs, use_cache=False, **fewer, **options)
-    if not fewer:
+    if not isinstance(fewer.get("logits_to_keep"), Tensor):
         output.logits = output.logits[:, columns.to(output.logits.device)]
     if output.hidden_states is not None:
         output.hidden_states = tuple(states[:, -length:] for states in output.hidden_states)

@@ -12,11 +12,12 @@ from tqdm.auto import tqdm
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from ..data.alignment import pad_token_id
-from ..data.rows import Messages, Row, check_prompts, is_prompt_only, prompt_ids
+from ..data.rows import Messages, Row, RowError, check_prompts, is_prompt_only, prompt_ids, row_name
 from .forward import context_length, evaluating, input_device, last_logits
 from .reasoning import is_reasoning_mark, opened_reasoning
 
 
+BATCH_SIZE = 32
 ANSWER_TOKENS = 64  # of an answer that is to be kept: a refusal is over by then, and what an answer is about is said
 
 
@@ -80,7 +81,7 @@ def generate_answers(
     prompts: list[Messages],
     *,
     max_new_tokens: int = 64,
-    batch_size: int = 32,
+    batch_size: int = BATCH_SIZE,
     end_token_ids: list[int] | None = None,
     desc: str = "Answers",
     progress: bool = True,
@@ -116,21 +117,33 @@ def generate_answers(
     encoded = [prompt_ids(tokenizer, prompt) for prompt in prompts]
     answers = [""] * len(prompts)
     ends = end_tokens(tokenizer, model) if end_token_ids is None else end_token_ids
-    pad, device, decode = pad_token_id(tokenizer), input_device(model), answer_decoder(tokenizer)
-    options = last_logits(model)
+    pad, decode = pad_token_id(tokenizer), answer_decoder(tokenizer)
     with evaluating(model), tqdm(total=len(prompts), desc=desc, unit="prompt", disable=not progress) as bar:
-        for chunk, room in _chunks(encoded, max_new_tokens, batch_size, context_length(model)):
-            padded = padded_left([encoded[i] for i in chunk], pad, device)
-            with decoding_by(model, config := greedy_decoding(room, ends, pad)):
-                generated = model.generate(**padded, generation_config=config, **options)
-            # Cut at the end here: the padding behind it may be a word of the vocabulary.
-            written = [_until(ids, ends) for ids in generated[:, padded["input_ids"].shape[1] :].tolist()]
-            for i, text in zip(chunk, decode(written), strict=True):
+        for chunk, written in _generate(model, encoded, max_new_tokens, batch_size, ends, pad):
+            for i, text in zip(chunk, decode([_open(ids, ends) for ids in written]), strict=True):
                 answers[i] = text.strip()
             if on_batch is not None:
                 on_batch(chunk, [answers[i] for i in chunk])
             bar.update(len(chunk))
     return answers
+
+
+def _generate(
+    model: PreTrainedModel | PeftModel,
+    encoded: list[list[int]],
+    max_new_tokens: int,
+    batch_size: int,
+    ends: list[int],
+    pad: int,
+) -> Iterator[tuple[list[int], list[list[int]]]]:
+    """Greedy answers as tokens, batch by batch, with the positions of their prompts; the end, where there is one, is the last."""
+    device, options = input_device(model), last_logits(model)
+    for chunk, room in _chunks(encoded, max_new_tokens, batch_size, context_length(model)):
+        padded = padded_left([encoded[i] for i in chunk], pad, device)
+        with torch.no_grad(), decoding_by(model, config := greedy_decoding(room, ends, pad)):
+            generated = model.generate(**padded, generation_config=config, **options)
+        # Cut at the end here: the padding behind it may be a word of the vocabulary.
+        yield chunk, [_through(ids, ends) for ids in generated[:, padded["input_ids"].shape[1] :].tolist()]
 
 
 def _chunks(
@@ -164,8 +177,14 @@ def opened_by_template(tokenizer: PreTrainedTokenizerBase, prompt: Messages) -> 
     return opened_reasoning(tokenizer.decode(prompt_ids(tokenizer, prompt)[-16:]))
 
 
-def _until(ids: list[int], ends: list[int]) -> list[int]:
-    return ids[: next((i for i, token in enumerate(ids) if token in ends), len(ids))]
+def _through(ids: list[int], ends: list[int]) -> list[int]:
+    """Tokens up to the end, and the end."""
+    return ids[: next((i + 1 for i, token in enumerate(ids) if token in ends), len(ids))]
+
+
+def _open(ids: list[int], ends: list[int]) -> list[int]:
+    """Tokens without the end."""
+    return ids[:-1] if ids and ids[-1] in ends else ids
 
 
 def answered_by(
@@ -173,23 +192,38 @@ def answered_by(
     tokenizer: PreTrainedTokenizerBase,
     rows: Sequence[Mapping[str, Any]],
     progress: bool = True,
+    *,
+    max_length: int | None = None,
 ) -> list[Row]:
     """
-    Rows as they are, those with a prompt alone with the greedy answer (at most 64 tokens) of the model as it is now.
+    Rows as they are, those with a prompt alone with the greedy answer (at most 64 tokens) of the model as it is now: as text, and
+    with the very tokens that it wrote, which a chat template may render otherwise.
 
     Raises:
-        `ValueError`: If a prompt can't be read, or fills all that the model reads; told before any is answered.
+        `ValueError`: If a prompt can't be read, fills all that the model reads, or leaves no room for an answer within
+            `max_length` tokens; told before any is answered.
     """
     numbered = [Row(row, number) for number, row in enumerate(rows)]
-    asked = [row for row in numbered if is_prompt_only(row)]
-    answers = iter(
-        generate_answers(
-            model, tokenizer, list(asked), max_new_tokens=ANSWER_TOKENS, desc="Reference answers", progress=progress
-        )
-    )
-    return [_answered(row, next(answers)) if is_prompt_only(row) else row for row in numbered]
+    places = [place for place, row in enumerate(numbered) if is_prompt_only(row)]
+    asked = [numbered[place] for place in places]
+    check_prompts(tokenizer, list(asked), context_length(model))
+    encoded = [prompt_ids(tokenizer, row) for row in asked]
+    for row, ids in zip(asked, encoded, strict=True):
+        if max_length is not None and len(ids) >= max_length:
+            raise RowError(
+                f"{row_name(row)} has a prompt of {len(ids)} tokens, which leaves no room for an answer within {max_length}: raise "
+                "`fisher_max_length`, or shorten or remove the row."
+            )
+    ends, decode = end_tokens(tokenizer, model), answer_decoder(tokenizer)
+    options = dict(desc="Reference answers", unit="prompt", disable=not progress)
+    with evaluating(model), tqdm(total=len(asked), **options) as bar:
+        for chunk, written in _generate(model, encoded, ANSWER_TOKENS, BATCH_SIZE, ends, pad_token_id(tokenizer)):
+            for i, ids, text in zip(chunk, written, decode([_open(ids, ends) for ids in written]), strict=True):
+                numbered[places[i]] = _answered(asked[i], text.strip(), (encoded[i] + ids, len(encoded[i])))
+            bar.update(len(chunk))
+    return numbered
 
 
-def _answered(row: Row, text: str) -> Row:
+def _answered(row: Row, text: str, tokens: tuple[list[int], int]) -> Row:
     answer = text if isinstance(row["prompt"], str) else [{"role": "assistant", "content": text}]
-    return Row({**row, "completion": answer}, row.number)
+    return Row({**row, "completion": answer}, row.number, tokens)

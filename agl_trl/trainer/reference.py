@@ -55,7 +55,8 @@ class ReferenceTaker:
         """Rows of a dataset, those without an answer with the model's own; of other ones than unsafe there may be none."""
         rows = select_rows(dataset, num_samples, self.args.seed, unsafe=unsafe)
         if any(map(is_prompt_only, rows)):
-            return answered_by(self.model, self.tokenizer, rows, not self.args.disable_tqdm)
+            shown, longest = not self.args.disable_tqdm, self.config.fisher_max_length
+            return answered_by(self.model, self.tokenizer, rows, shown, max_length=longest)
         return rows
 
     def statistics(self, rows: Rows) -> FisherStatistics:

@@ -4,6 +4,7 @@ from contextlib import nullcontext
 
 import pytest
 import torch
+from accelerate import cpu_offload
 from datasets import Dataset
 
 from agl_trl.data.alignment import batches, pad_token_id, tokenize_row
@@ -34,6 +35,21 @@ def test_logits_are_those_of_the_answers_and_no_others_are_made(tokenizer, promp
     torch.testing.assert_close(logits[mask], full[batch.answer_mask])
     assert mask.sum() == batch.answer_mask.sum() and made == [mask.shape[1], batch.input_ids.shape[1]]
     assert made[0] < made[1]
+
+
+def test_a_model_on_several_devices_is_asked_for_a_number_of_logits(tokenizer, prompts):
+    """An index would have to lie where the head is, which nobody tells. A layer that is offloaded stands for another device."""
+    model = tiny_model().eval()
+    (batch,) = batches([tokenize_row(prompts[i], tokenizer, None) for i in (0, 2, 5)], 3, 0, torch.device("cpu"))
+    asked = []
+    model.register_forward_pre_hook(lambda _, args, kwargs: asked.append(kwargs["logits_to_keep"]), with_kwargs=True)
+    with torch.no_grad():
+        whole, mask = answer_logits(model, batch)
+        cpu_offload(model.model.layers[1], execution_device=torch.device("cpu"))
+        spread, again = answer_logits(model, batch)
+    assert torch.is_tensor(asked[0]) and type(asked[1]) is int and asked[1] < batch.input_ids.shape[1]
+    torch.testing.assert_close(spread, whole)
+    assert torch.equal(mask, again)
 
 
 def test_a_model_that_makes_all_logits_gives_those_of_the_answers_too(tokenizer, prompts):

@@ -5,10 +5,11 @@ import torch
 from datasets import Dataset
 from transformers.utils import logging
 
-from agl_trl.data.rows import prompt_ids, prompt_text
-from agl_trl.modeling.generation import answered_by, generate_answers
+from agl_trl.data.alignment import select_rows, tokenize_row
+from agl_trl.data.rows import RowError, prompt_ids, prompt_text
+from agl_trl.modeling.generation import answered_by, end_tokens, generate_answers, greedy_decoding
 from agl_trl.modeling.likelihood import answer_nll
-from tests.helpers.models import probe_prompts, tiny_model
+from tests.helpers.models import byte_tokenizer, probe_prompts, tiny_model
 
 
 @pytest.fixture(scope="module")
@@ -63,3 +64,29 @@ def test_a_model_answers_in_the_form_of_the_prompt(tokenizer):
     assert tokenizer.decode(prompt_ids(tokenizer, question)).endswith("say 1</s><assistant>")
     assert tokenizer.decode(prompt_ids(tokenizer, "say 1")) == "say 1"
     assert prompt_text(question) == prompt_text("say 1") == "say 1"
+
+
+def test_what_is_kept_are_the_tokens_that_the_model_wrote(tokenizer):
+    """Templates of reasoning models put marks before an answer that is given as text, which the model never wrote."""
+    thinking = byte_tokenizer()
+    thinking.chat_template = tokenizer.chat_template.replace("message['content']", "('<t></t>' + message['content'])")
+    assert "<t>" in thinking.apply_chat_template([{"role": "assistant", "content": "x"}], tokenize=False)
+    model = tiny_model().eval()
+    for prompt in ([{"role": "user", "content": "say 1"}], "say 1 "):
+        (row,) = answered_by(model, thinking, [{"prompt": prompt, "unsafe": True}], progress=False)
+        kept, asked = tokenize_row(row, thinking), prompt_ids(thinking, prompt)
+        with torch.no_grad():
+            written = model.generate(
+                torch.tensor([asked]), generation_config=greedy_decoding(64, end_tokens(thinking, model), 0)
+            )
+        assert kept.input_ids == written[0].tolist() and kept.answer_start == len(asked)
+        (again,) = select_rows([row], 1, 0)  # as statistics read rows that are answered already
+        assert tokenize_row(again, thinking) == kept != tokenize_row(dict(row), thinking)
+
+
+def test_a_prompt_that_leaves_no_room_is_told_before_any_is_answered(tokenizer):
+    rows = [{"prompt": "say 1"}, {"prompt": "x" * 80}]
+    with pytest.raises(
+        RowError, match="Row 1 has a prompt of 80 tokens, which leaves no room for an answer within 64"
+    ):
+        answered_by(tiny_model(), tokenizer, rows, max_length=64)
