@@ -20,7 +20,8 @@ from ..modeling.lora import (
 )
 from ..modeling.trained_tensors import changed_tensors, same_but_for_rounding, trained_tensors
 from ..modeling.tuned_layers import is_quantised, layer_change, tuned_layers
-from ..objective.decomposition import Update, inner
+from ..objective.decomposition import Update
+from ..objective.quadratic_form import dense_quadratic_form
 from .parts import update_parts
 
 
@@ -56,12 +57,11 @@ class LayerDrifts(NamedTuple):
 def _row(
     name: str, delta: Tensor, weight: Tensor, statistics: FisherStatistics, energy: float
 ) -> tuple[str, Tensor, Tensor, Tensor]:
-    """Of a ΔW that is at hand whole: a product with the identity, so that the formulas are those of factors."""
-    update, metric = (
-        Update(torch.eye(delta.shape[1], device=delta.device), delta),
-        statistics.metric(name, delta.device),
-    )
-    drift = (inner(update, update, metric) / metric.weight_norm**2).cpu()
+    """Of a ΔW that is at hand whole: a product with the smaller identity, so that the formulas of the parts are those of factors."""
+    (d_out, d_in), metric = delta.shape, statistics.metric(name, delta.device)
+    one = torch.eye(min(d_out, d_in), device=delta.device)
+    update = Update(delta, one) if d_out < d_in else Update(one, delta)
+    drift = (dense_quadratic_form(delta, metric) / metric.weight_norm**2).cpu()
     return name, drift, *update_parts(update, metric, energy, one_frozen(weight))
 
 
