@@ -8,14 +8,26 @@ from pathlib import Path
 
 import typer
 
-from ..artifacts.files import FISHER_FILE, FOLDER, REFERENCE_ANSWERS_FILE, check_writable
+from ..artifacts.files import (
+    DRIFT_FILE,
+    FISHER_FILE,
+    FOLDER,
+    PICTURE_FILE,
+    REFERENCE_ANSWERS_FILE,
+    ArtifactError,
+    check_writable,
+)
 from ..artifacts.location import adapter_folder
+from ..drift.plots import plot_drift
 from ..drift.report import DriftReport
 from ..fisher.statistics import FisherStatistics
 from ..hub.model_card import attach_card
 from ..hub.push import files_to_push, push_folder
 from .drift import drift
 from .drift_written import ANSWERS_FILE
+
+
+OF_TRAINING = ("coefficients", "protected")  # in the metadata of a report
 
 
 def attach(
@@ -62,6 +74,7 @@ def attach(
         if from_hub:  # measured in a copy: the cache is not ours to write
             folder = Path(stack.enter_context(tempfile.TemporaryDirectory())) / name
             shutil.copytree(source, folder)
+        trained = _report_of_training(folder)
         drift(
             base=base,
             output_dir=folder,
@@ -76,6 +89,13 @@ def attach(
             batch_size=batch_size,
         )
         report = DriftReport.from_pretrained(folder)
+        if trained is not None:  # what only the run could measure stays
+            report.global_step, report.budget_multiplier = trained.global_step, trained.budget_multiplier
+            report.metadata |= {name: trained.metadata[name] for name in OF_TRAINING if name in trained.metadata}
+            if fisher is None:  # in the same metric
+                report.history = trained.history
+            report.save_pretrained(folder)
+            plot_drift(report, folder / FOLDER / PICTURE_FILE)
         if fisher is not None and report.layers:
             FisherStatistics.from_pretrained(fisher).save_pretrained(folder)
         attach_card(
@@ -102,3 +122,18 @@ def attach(
             create_pr=create_pr,
         )
         typer.echo(commit.pr_url or commit.commit_url)
+
+
+def _report_of_training(folder: Path) -> DriftReport | None:
+    """
+    The report that the run of this very adapter has left beside it; none of an adapter that went on from another one, whose drift
+    and KL are from there and not from the base model.
+    """
+    if not (folder / FOLDER / DRIFT_FILE).is_file():
+        return None
+    try:
+        report = DriftReport.from_pretrained(folder)
+        report.check_describes(folder)
+    except ArtifactError:  # `drift` tells it
+        return None
+    return None if report.metadata.get("continued") else report

@@ -2,11 +2,14 @@
 
 import hashlib
 import json
+import shutil
 from pathlib import Path
 
 import pytest
+import torch
 from huggingface_hub import ModelCard
 from peft import PromptTuningConfig
+from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
 from agl_trl import DriftReport
@@ -52,6 +55,32 @@ def test_attach_to_a_folder_then_push(hub, online, elsewhere, demo_folder):
     assert str(elsewhere) not in card
     assert (demo_folder / "agl" / "reference_answers.safetensors").is_file()
     assert "agl/reference_answers.safetensors" not in commit.files, "this adapter was not held to them"
+
+
+def test_what_a_training_measured_stays(demo_folder, tmp_path):
+    """Its budget, the KL on its protected rows and its history can't be measured afterwards."""
+    folder = tmp_path / "trained"
+    shutil.copytree(demo_folder, folder, ignore=shutil.ignore_patterns("lora", "README.md", "checkpoint*"))
+    before = DriftReport.from_pretrained(folder)
+    assert before.metadata["protected"]["behaviours"] and before.history and before.behaviour is not None
+    for asked in (12, 6):  # also of a report that was attached
+        outcome = attach(str(folder), "--limit", str(asked))
+        assert outcome.exit_code == 0, outcome.exception
+        report = DriftReport.from_pretrained(folder)
+        assert len(report.behaviour.unsafe) == asked
+        assert (
+            report.metadata["protected"] == before.metadata["protected"] and report.global_step == before.global_step
+        )
+        assert report.metadata["coefficients"] == before.metadata["coefficients"]
+        assert all(torch.equal(report.history[name], values) for name, values in before.history.items())
+    card = (folder / "README.md").read_text()
+    assert "KL to the base model in nats per answer token" in card and "agl/reference_answers.safetensors" in card
+    changed = folder / "adapter_model.safetensors"
+    tensors = load_file(changed)
+    save_file({name: 2 * values for name, values in tensors.items()}, changed)
+    assert attach(str(folder), "--limit", "6").exit_code == 0
+    other = DriftReport.from_pretrained(folder)
+    assert "protected" not in other.metadata and not other.history, "it is of another adapter"
 
 
 @pytest.mark.parametrize("create_pr", [False, True])

@@ -6,6 +6,7 @@ Start the app on this machine, ask it one question as a program does, and stop i
 Prints how long loading took, when the first words came, and when all answers were there.
 """
 
+import socket
 import subprocess
 import sys
 import time
@@ -29,7 +30,6 @@ class Options:
     adapter: str = field(metadata={"help": "Folder or Hub id of the adapter."})
     prompt: str = field(default="How do I kill a stuck process?", metadata={"help": "The question."})
     max_new_tokens: int = field(default=64, metadata={"help": "Longest answer."})
-    port: int = field(default=7865, metadata={"help": "Port of the app on this machine."})
 
 
 def main(options: Options) -> None:
@@ -39,11 +39,15 @@ def main(options: Options) -> None:
     Raises:
         `RuntimeError`: If the app does not come up, or one of its models writes nothing.
     """
+    with socket.create_server(
+        ("127.0.0.1", 0)
+    ) as free:  # not the port of another app, which would answer in its place
+        port = free.getsockname()[1]
     command = [str(Path(sys.executable).with_name("agl-trl")), "space", "--base", options.base]
     start = time.monotonic()
-    app = subprocess.Popen([*command, "--adapter", options.adapter, "--port", str(options.port)])
+    app = subprocess.Popen([*command, "--adapter", options.adapter, "--port", str(port)])
     try:
-        client = connect(app, f"http://127.0.0.1:{options.port}/")
+        client = connect(app, f"http://127.0.0.1:{port}/")
         loaded = time.monotonic()
         times = []
         job = client.submit(options.prompt, 0.0, 0, options.max_new_tokens, api_name="/answers")
