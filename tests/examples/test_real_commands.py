@@ -69,3 +69,8 @@ def test_the_app_is_asked_and_stopped(capfd):
     ask(asked)
     assert "all answers" in capfd.readouterr().out
     assert not any("space" in child.cmdline() for child in psutil.Process().children(recursive=True))
+
+
+def test_a_model_that_is_nowhere_is_told(tmp_path, online):
+    with pytest.raises(ValueError, match="Can't get the model 'alice/gone', which is no folder here"):
+        main(replace(options(tmp_path), model="alice/gone"))

@@ -22,6 +22,7 @@ from shutil import copytree, rmtree
 import torch
 import yaml
 from huggingface_hub import snapshot_download
+from huggingface_hub.errors import HFValidationError
 from rich.console import Console
 from rich.table import Table
 from transformers import HfArgumentParser
@@ -155,8 +156,17 @@ def training(options: Options) -> dict[str, object]:
 
 
 def size_of(model: str) -> int:
-    """Bytes of the model's weights on disk."""
-    folder = Path(model) if Path(model).is_dir() else Path(snapshot_download(model))
+    """
+    Bytes of the model's weights on disk, which are downloaded where they are not there.
+
+    Raises:
+        `ValueError`: If they can't be had.
+    """
+    try:
+        folder = Path(model) if Path(model).is_dir() else Path(snapshot_download(model))
+    except (OSError, HFValidationError) as error:
+        reason = str(error).strip().splitlines()[-1]
+        raise ValueError(f"Can't get the model '{model}', which is no folder here: {reason}") from error
     return sum(file.stat().st_size for file in folder.glob("*.safetensors"))
 
 
