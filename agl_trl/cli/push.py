@@ -5,9 +5,10 @@ from pathlib import Path
 import typer
 
 from ..artifacts.files import ADAPTER_FILE, DRIFT_FILE, FOLDER
+from ..artifacts.location import hub_id
 from ..artifacts.upload import PushError
 from ..drift.report import DriftReport
-from ..hub.model_card import attach_card
+from ..hub.model_card import BEGIN, attach_card
 from ..hub.push import files_to_push, push_folder
 
 
@@ -49,11 +50,13 @@ def push(
         raise PushError(f"There is no adapter in '{folder}': '{ADAPTER_FILE}' is missing.")
     if not (folder / FOLDER / DRIFT_FILE).is_file():
         raise PushError(f"There is no report in '{folder}': measure the adapter first with `agl-trl attach`.")
-    if not (folder / "README.md").is_file():
+    card = folder / "README.md"
+    if not card.is_file() or BEGIN in card.read_text(encoding="utf-8"):  # so that it tells what goes up this time
         attach_card(
-            folder / "README.md",
+            card,
             repo_id.split("/")[-1],
             DriftReport.from_pretrained(folder),
+            repo_id=hub_id(repo_id, with_owner=True),
             statistics_published=push_fisher,
             references_published=push_fisher and push_reference_answers,
         )

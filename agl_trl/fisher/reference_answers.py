@@ -1,6 +1,7 @@
 """Reference answers: what the aligned model says on protected rows, token by token, so that others can hold to it."""
 
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from os import PathLike
 from pathlib import Path
@@ -17,7 +18,7 @@ from ..artifacts.location import find_artifact
 from ..artifacts.schema import read_artifact
 from ..artifacts.upload import PushToHubMixin
 from ..data.alignment import AlignmentRow, batches, pad_token_id
-from ..modeling.forward import answer_logits, context_length, evaluating, input_device
+from ..modeling.forward import answer_logits, context_length, evaluating, input_device, recomputing
 from ..objective.kl import FIRST_TOKENS, kl_of_row, top_k_kl
 from .reference_schema import check_reference_answers
 from .statistics import check_same_base, describe_base
@@ -25,6 +26,7 @@ from .statistics import check_same_base, describe_base
 
 TOP_K = 32
 BATCH_SIZE = 8
+BATCH_TOKENS = 2048  # of a batch of eight: the logits of 8 rows of 1,024 tokens are 2.5 GB in bfloat16, with 150,000 words
 LARGEST_START = 0.1  # nats per token by which a reference model may differ from its own answers: a quantised one does
 
 
@@ -90,13 +92,15 @@ class ReferenceAnswers(PushToHubMixin):
         tokens, log_probs = [torch.empty(0)] * len(rows), [torch.empty(0)] * len(rows)
         bar = tqdm(total=len(rows), desc="Reference answers", unit="row", disable=not progress)
         with bar, evaluating(model):
-            for batch in batches(rows, BATCH_SIZE, pad, input_device(model)):
+            for indices in _together(rows, range(len(rows))):
+                (batch,) = batches([rows[i] for i in indices], len(indices), pad, input_device(model))
                 logits, mask = answer_logits(model, batch)
-                for line, index in enumerate(batch.indices):
+                for line, position in enumerate(batch.indices):
+                    index = indices[position]
                     row = logits[line, mask[line]].float().log_softmax(-1)
                     top = row.topk(min(TOP_K, row.shape[-1]))
                     tokens[index], log_probs[index] = top.indices.int().cpu(), top.values.cpu()
-                bar.update(len(batch.indices))
+                bar.update(len(indices))
         return cls(rows, kinds, tokens, log_probs, {"base_model": describe_base(model), "pad_token_id": pad})
 
     @property
@@ -128,20 +132,19 @@ class ReferenceAnswers(PushToHubMixin):
             model (`PreTrainedModel` or `PeftModel`):
                 Model, measured in eval mode and left as it was.
             indices (`Sequence[int]`, *optional*):
-                Numbers of the rows; by default all, in batches of eight.
+                Numbers of the rows; by default all, in batches of up to eight.
 
         Returns:
             `Tensor`:
                 Nats per answer token, of shape `(rows, 2)`: as the budget has it ([`kl_of_row`]), and of the first five tokens alone.
         """
         if indices is None:
-            order = range(0, len(self.rows), BATCH_SIZE)
-            by_length = sorted(range(len(self.rows)), key=lambda i: len(self.rows[i].input_ids))
-            every = torch.cat([self.kl(model, by_length[start : start + BATCH_SIZE]) for start in order])
-            return every[torch.tensor(by_length, device=every.device).argsort()]
+            together = _together(self.rows, range(len(self.rows)))
+            every = torch.cat([self.kl(model, part) for part in together])
+            return every[torch.tensor([i for part in together for i in part], device=every.device).argsort()]
         chosen = [self.rows[i] for i in indices]
         (batch,) = batches(chosen, len(chosen), self.metadata["pad_token_id"], input_device(model))
-        with evaluating(model):
+        with evaluating(model), recomputing(model) if torch.is_grad_enabled() else nullcontext():
             logits, mask = answer_logits(model, batch)
         found: list[Tensor] = [logits.new_empty(0)] * len(chosen)
         for line, position in enumerate(batch.indices):
@@ -221,3 +224,14 @@ class ReferenceAnswers(PushToHubMixin):
         answers = [length - start for length, start in zip(lengths, starts, strict=True)]
         tokens, log_probs = (list(tensors[name].split(answers)) for name in ("tokens", "log_probs"))
         return cls(rows, metadata.pop("kinds"), tokens, log_probs, metadata)
+
+
+def _together(rows: Sequence[AlignmentRow], indices: Sequence[int]) -> list[list[int]]:
+    """Numbers of rows in batches of up to eight of similar length, of which long ones are fewer, the short ones first."""
+    found: list[list[int]] = [[]]
+    for index in sorted(indices, key=lambda i: len(rows[i].input_ids)):
+        size = len(found[-1]) + 1
+        if size > BATCH_SIZE or (size > 1 and size * len(rows[index].input_ids) > BATCH_TOKENS):
+            found.append([])
+        found[-1].append(index)
+    return found

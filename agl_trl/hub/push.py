@@ -24,6 +24,7 @@ NEVER_PUSHED = ("_*", "*/_*", ".cache/*", ".git/*", "abilities.jsonl", "answers.
 REFERENCE = "ref"  # TRL's name for the frozen adapter that DPO trains against; PEFT saves it in a folder of this name
 ADAPTER_FILES = ("adapter_config.json", ADAPTER_FILE)
 CHECKPOINTS = ("checkpoint-*", "last-checkpoint/*")
+CARD, UNNAMED = "README.md", "path/to/this/adapter"  # what a card calls an adapter that has no repo yet
 
 
 def files_to_push(
@@ -89,7 +90,7 @@ def push_folder(
     """
     Upload a folder to a repo in **one** commit, creating the repo if need be. Evidence of an earlier push that is not
     part of this one is removed in the same commit, so that nothing there describes another adapter; so are reference answers
-    beside statistics that come without them.
+    beside statistics that come without them. A card that was written before there was a repo gets its id on the way.
 
     Args:
         folder (`str` or `Path`):
@@ -133,7 +134,7 @@ def push_folder(
         stale = [n for n in there if n not in files and (_is_evidence_of(n, pushed) or n in without)]
         return api.create_commit(
             repo_id,
-            [CommitOperationAdd(path_in_repo=name, path_or_fileobj=folder / name) for name in files]
+            [CommitOperationAdd(path_in_repo=name, path_or_fileobj=_content(folder, name, repo_id)) for name in files]
             + [CommitOperationDelete(path_in_repo=name) for name in stale],
             commit_message=message,
             revision=revision,
@@ -143,6 +144,12 @@ def push_folder(
         )
     except FAILURES as error:
         raise PushError.because(f"Can't push '{folder}' to '{repo_id}'", error) from error
+
+
+def _content(folder: Path, name: str, repo_id: str) -> Path | bytes:
+    """The file, or the text of the card with the id of the repo in the examples."""
+    path = folder / name
+    return path.read_bytes().replace(UNNAMED.encode(), repo_id.encode()) if name == CARD else path
 
 
 def _is_evidence_of(name: str, folders: set[str]) -> bool:

@@ -1,7 +1,8 @@
 """Forward passes of any model: in eval mode, where its inputs go, and with no logits but those that are read."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from inspect import signature
 from typing import Any
 
@@ -9,7 +10,9 @@ import torch
 from accelerate import PartialState
 from peft import PeftModel
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
+from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.utils import ModelOutput
 
 from ..data.alignment import AlignmentBatch
@@ -36,6 +39,32 @@ def evaluating(model: nn.Module) -> Iterator[None]:
             module.training = training
         for module in packing:
             module.support_avx512bf16_for_cpu = True
+
+
+@contextmanager
+def recomputing(model: nn.Module) -> Iterator[None]:
+    """
+    Gradient checkpointing of forward passes in eval mode, for which transformers has none: where it is on, layers keep their inputs
+    alone, and run again, in eval mode too, when a gradient is taken. Without re-entry, so that `torch.autograd.grad` can take it.
+    """
+    layers = [m for m in model.modules() if isinstance(m, GradientCheckpointingLayer) and m.gradient_checkpointing]
+    held = [vars(layer).get("forward") for layer in layers]  # of a layer whose inputs accelerate moves
+    for layer in layers:
+        again = partial(_in_eval_mode, layer, layer.forward)
+        layer.forward = partial(checkpoint, again, use_reentrant=False, preserve_rng_state=False)
+    try:
+        yield
+    finally:
+        for layer, forward in zip(layers, held, strict=True):
+            del layer.forward
+            if forward is not None:
+                layer.forward = forward
+
+
+def _in_eval_mode(layer: nn.Module, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    """The forward pass, which comes again in a backward pass when the model is in training mode."""
+    with evaluating(layer):
+        return forward(*args, **kwargs)
 
 
 def input_device(model: nn.Module) -> torch.device:

@@ -33,6 +33,33 @@ def test_adapter_evidence_and_card_are_one_commit(hub, online, demo_folder, tmp_
     assert "The reference answers are kept private" in card and "`agl/fisher.safetensors`" in card
 
 
+def test_a_card_that_is_there_tells_what_went_up_and_where(hub, online, demo_folder, tmp_path):
+    """Its example loads the repo, in a push with and without statistics; what others wrote in it stays."""
+    folder = tmp_path / "adapter"
+    shutil.copytree(demo_folder, folder, ignore=shutil.ignore_patterns("lora"))
+    with (folder / "README.md").open("a") as card:
+        card.write("\nMy own words.\n")
+
+    def pushed(*options: str) -> str:
+        assert push(folder, "alice/told", *options).exit_code == 0
+        return hub.repo("alice/told").history()[0].files["README.md"].data.decode()
+
+    for options, private in (((), False), (("--no-fisher",), True), ((), False)):
+        card = pushed(*options)
+        assert "path/to/this/adapter" not in card and card.count('"alice/told"') == 2
+        assert ("are kept private" in card) == private != ("`agl/fisher.safetensors`" in card)
+        assert card.endswith("My own words.\n") and card.count("## Measured drift") == 1
+
+
+def test_a_card_of_ones_own_gets_the_id_alone(hub, online, demo_folder, tmp_path):
+    folder = tmp_path / "adapter"
+    shutil.copytree(demo_folder, folder, ignore=shutil.ignore_patterns("lora"))
+    (folder / "README.md").write_text("# Mine\n\nFrom `path/to/this/adapter`.\n")
+    assert push(folder, "alice/own").exit_code == 0
+    assert hub.repo("alice/own").history()[0].files["README.md"].data == b"# Mine\n\nFrom `alice/own`.\n"
+    assert (folder / "README.md").read_text() == "# Mine\n\nFrom `path/to/this/adapter`.\n"
+
+
 def test_checkpoints_go_up_where_asked_for_and_onto_the_branch(hub, online, demo_folder, tmp_path):
     folder = tmp_path / "adapter"
     shutil.copytree(demo_folder, folder, ignore=shutil.ignore_patterns("lora"))

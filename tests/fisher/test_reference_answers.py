@@ -6,6 +6,7 @@ from peft import LoraConfig, get_peft_model
 
 from agl_trl.artifacts.files import ArtifactError, load_tensors, save_tensors
 from agl_trl.data.alignment import AlignmentRow, tokenize_rows
+from agl_trl.fisher import reference_answers
 from agl_trl.fisher.reference_answers import TOP_K, ReferenceAnswers
 from agl_trl.modeling.lora import adapted_layers, at_reference
 from tests.helpers.models import chat_rows, moved_by, tiny_model
@@ -75,6 +76,32 @@ def test_kl_does_not_depend_on_batches_and_padding(taken):
     many = ReferenceAnswers(*(getattr(references, name) * 4 for name in ("rows", "kinds", "tokens", "log_probs")))
     many.metadata = references.metadata
     torch.testing.assert_close(many.kl(model), together.repeat(4, 1), rtol=1e-4, atol=1e-6)
+
+
+def test_long_rows_are_fewer_in_a_batch(taken, tokenizer, monkeypatch):
+    """Their logits are bounded, and every row has the KL that it has alone."""
+    model, references = taken
+    longest = max(len(row.input_ids) for row in references.rows)
+    monkeypatch.setattr(reference_answers, "BATCH_TOKENS", longest)
+    sizes: list[torch.Size] = []
+    count = model.register_forward_pre_hook(lambda *args: sizes.append(args[-1]["input_ids"].shape), with_kwargs=True)
+    with count, torch.no_grad():
+        found = references.kl(model)
+        measured = ReferenceAnswers.measure(
+            model, tokenizer, references.rows, references.kinds, progress=False
+        )
+    assert len(sizes) > 2 and sum(rows for rows, _ in sizes) == 2 * len(references.rows)
+    assert all(rows * length <= longest for rows, length in sizes)
+    with torch.no_grad():
+        alone = torch.cat([references.kl(model, [i]) for i in range(len(references.rows))])
+        monkeypatch.undo()
+        together = ReferenceAnswers.measure(
+            model, tokenizer, references.rows, references.kinds, progress=False
+        )
+    torch.testing.assert_close(found, alone)
+    for parts in (("log_probs", 1e-5), ("tokens", 0)):
+        for one, other in zip(getattr(measured, parts[0]), getattr(together, parts[0]), strict=True):
+            torch.testing.assert_close(one, other, atol=parts[1], rtol=parts[1])
 
 
 def test_gradient_is_that_of_finite_differences(taken):

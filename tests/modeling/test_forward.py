@@ -1,21 +1,23 @@
 """Forward passes: no logits but those that are read, and the model stays as it was."""
 
+from collections.abc import Callable
 from contextlib import nullcontext
 
 import pytest
 import torch
 from accelerate import cpu_offload
 from datasets import Dataset
+from peft import LoraConfig
 
 from agl_trl.data.alignment import batches, pad_token_id, tokenize_row
 from agl_trl.data.rows import prompt_ids
 from agl_trl.evaluation.probes import probe
 from agl_trl.modeling import forward
 from agl_trl.modeling.base_and_tuned import BaseAndTuned
-from agl_trl.modeling.forward import answer_logits, evaluating, last_logits, takes_logits_to_keep
+from agl_trl.modeling.forward import answer_logits, evaluating, last_logits, recomputing, takes_logits_to_keep
 from agl_trl.modeling.generation import end_tokens, generate_answers, greedy_decoding, padded_left
 from agl_trl.modeling.likelihood import answer_nll
-from tests.helpers.models import adapted, probe_prompts, tiny_model
+from tests.helpers.models import ARCHITECTURES, adapted, moved_by, probe_prompts, tiny_model
 
 
 @pytest.fixture(scope="module")
@@ -77,6 +79,35 @@ def test_every_module_goes_back_to_its_own_mode_also_after_a_failure():
         raise KeyboardInterrupt
     assert {name: module.training for name, module in model.named_modules()} == modes
     assert True in modes.values() and False in modes.values()
+
+
+@pytest.mark.parametrize("architecture", ["llama", "gpt2", "opt"])
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_checkpointing_in_eval_mode_keeps_inputs_alone_and_changes_no_gradient(architecture, reentrant):
+    """Also where the model trains again when the gradient is taken, and its layers, as OPT's, drop out by themselves."""
+    base = tiny_model(architecture, **(dict(attention_dropout=0.5) if architecture == "llama" else {}))
+    modules = ARCHITECTURES[architecture][1]
+    model = moved_by(base, LoraConfig(r=4, target_modules=modules, lora_dropout=0.5), 0.3).train()
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    ids = torch.randint(4, 260, (2, 24), generator=torch.Generator().manual_seed(0))
+
+    def gradient(inside: Callable) -> tuple[list[torch.Tensor], int]:
+        kept: list[torch.Tensor] = []
+        with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
+            with evaluating(model), inside(model):
+                loss = model(input_ids=ids, use_cache=False).logits.float().log_softmax(-1)[..., 5].mean()
+            held = sum(t.numel() for t in kept)
+            return list(torch.autograd.grad(loss, parameters)), held
+
+    expected, all_of_it = gradient(lambda model: nullcontext())
+    without, same = gradient(recomputing)
+    assert same == all_of_it, "it is not on"
+    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=dict(use_reentrant=reentrant))
+    found, held = gradient(recomputing)
+    assert held < 0.6 * all_of_it
+    for exact, *others in zip(expected, without, found, strict=True):
+        assert all(torch.equal(exact, other) for other in others) and exact.abs().max() > 0
+    assert all(module.training and "forward" not in vars(module) for module in model.modules())
 
 
 def test_only_logits_that_are_read_are_made(tokenizer, prompts):
