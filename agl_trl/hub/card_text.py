@@ -3,7 +3,7 @@
 import re
 from dataclasses import fields
 from importlib.resources import files
-from math import isnan
+from math import inf, isnan
 from typing import Any
 
 from ..drift.protected import KINDS, over_budget
@@ -38,6 +38,7 @@ def render(template: str, **values: Any) -> str:
     from jinja2 import Environment, StrictUndefined
 
     environment = Environment(undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True, autoescape=False)
+    environment.globals["infinity"] = inf
     environment.filters |= {"plain": plain, "interval": _with_interval, "number": _number}
     text = files("agl_trl.model_cards").joinpath(template).read_text(encoding="utf-8")
     return environment.from_string(text).render(**values).strip()

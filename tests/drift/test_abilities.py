@@ -145,6 +145,17 @@ def test_asking_stops_where_an_ability_has_decided():
     assert certain_already(report(behaviour=None), kept[:1], *sides)
 
 
+@pytest.mark.parametrize("pieces", [1, 2])
+def test_few_pieces_of_text_have_no_interval(pieces):
+    """Half of the resamples of two have no error of their own."""
+    whole = abilities_by_hand()[-1]
+    few = replace(whole, base=whole.base[:pieces], tuned=whole.tuned[:pieces] + torch.arange(pieces) / 10)
+    of = report(abilities=[few])
+    assert "too few pieces for an interval)" in render_evidence(of, None, True)
+    for text in (render_evidence(of, None, True), of.summary()):
+        assert "inf " not in text and "inf)" not in text
+
+
 def test_page_and_card_know_them(tmp_path):
     verdict = judge(report(), rules("ability_drop:arc_challenge>0.02"))
     write_page(tmp_path / "page.html", report(), verdict, base="base", tuned="tuned", command="agl-trl drift")
