@@ -21,7 +21,7 @@ FLOORS = (
 FLOOR = {folder: number for number, folders in enumerate(FLOORS) for folder in folders}
 # What runs as a program of its own stands on top of the house: it makes what its folder ships.
 PROGRAMS = {"miniworld/build.py", "space/build.py"}
-TORCH_ALONE = {"torch", "collections", "dataclasses", "typing", "math"}
+TORCH_ALONE = {"torch", "collections", "contextlib", "dataclasses", "typing", "math"}
 
 
 def imported(path: Path) -> list[tuple[str, int]]:

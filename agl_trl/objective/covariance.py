@@ -1,5 +1,7 @@
 """Streaming covariances: leading eigenpairs plus an isotropic remainder. Imports torch alone."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import NamedTuple
 
 import torch
@@ -9,6 +11,7 @@ from torch import Tensor
 # Up to this dimension the covariance is accumulated exactly; above, through a sketch of `SKETCH_FACTOR * rank` columns.
 EXACT_UP_TO = 1024
 SKETCH_FACTOR = 2
+_NAMED_PRECISIONS = tuple(map(int, torch.__version__.split(".")[:2])) >= (2, 9)  # a name in place of `allow_tf32`
 
 
 class LowRankCovariance(NamedTuple):
@@ -108,6 +111,25 @@ def sketch_matrix(dim: int, rank: int, seed: int) -> Tensor | None:
     return torch.linalg.qr(torch.randn(dim, width, generator=generator, dtype=torch.float64)).Q.float()
 
 
+@contextmanager
+def in_float32(device: torch.device) -> Iterator[None]:
+    """
+    Products of matrices in float32 itself. A trainer's `bf16` puts autocast around the model's forward pass, in which the hooks run;
+    its `tf32` rounds factors to 10 bits, more than what eigenvalues leave to the remainder.
+    """
+    matmul = torch.backends.cuda.matmul
+    option, fast, full = ("fp32_precision", "tf32", "ieee") if _NAMED_PRECISIONS else ("allow_tf32", True, False)
+    rounds = getattr(matmul, option) == fast
+    if rounds:
+        setattr(matmul, option, full)
+    try:
+        with torch.autocast(device.type, enabled=False):
+            yield
+    finally:
+        if rounds:
+            setattr(matmul, option, fast)
+
+
 class CovarianceSketch:
     """
     Single-pass estimate of `C = E[x xᵀ]`.
@@ -140,8 +162,7 @@ class CovarianceSketch:
     def update(self, rows: Tensor) -> None:
         """Add rows of shape `(n, dim)`."""
         rows = rows.float()
-        # A trainer's `bf16` puts autocast around the model's forward pass, in which the hooks run.
-        with torch.autocast(rows.device.type, enabled=False):
+        with in_float32(rows.device):
             self.sums.addmm_(rows.mT, rows if self.omega is None else rows @ self.omega)
         self.trace += rows.square().sum()
         self.count += rows.shape[0]

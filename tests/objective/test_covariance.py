@@ -1,5 +1,6 @@
 import pytest
 import torch
+from torch.overrides import TorchFunctionMode
 
 from agl_trl.objective.covariance import EXACT_UP_TO, CovarianceSketch, sketch_matrix
 from tests.helpers.reference import dense, low_rank, shrunk
@@ -114,6 +115,31 @@ def test_sums_are_float32_where_the_model_computes_in_16_bit(wide):
     with torch.autocast("cpu", dtype=torch.bfloat16):
         cast.update(rows)
     assert cast.sums.dtype == torch.float32 and torch.equal(cast.sums, plain.sums)
+
+
+class Watch(TorchFunctionMode):
+    """Notes in what precision a GPU would multiply, at every product that is added to the sums."""
+
+    def __init__(self):
+        super().__init__()
+        self.seen: list[str] = []
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        if function is torch.Tensor.addmm_:
+            self.seen.append(torch.backends.cuda.matmul.fp32_precision)
+        return function(*args, **(kwargs or {}))
+
+
+@pytest.mark.skipif(torch.__version__ < "2.9", reason="precisions have no names")
+def test_sums_are_float32_where_the_trainer_rounds_factors(monkeypatch):
+    """`tf32=True` of transformers sets the precision of everything; it is back afterwards, also after a failure."""
+    monkeypatch.setattr(torch.backends, "fp32_precision", "tf32")
+    sketch = CovarianceSketch(4)
+    with Watch() as watch:
+        sketch.update(torch.ones(2, 4))
+        with pytest.raises(RuntimeError):
+            sketch.update(torch.ones(2, 5))
+    assert watch.seen == ["ieee", "ieee"] and torch.backends.cuda.matmul.fp32_precision == "tf32"
 
 
 def test_sketch_matrix_leaves_the_global_random_state_alone():
