@@ -23,7 +23,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from agl_trl.artifacts.files import write_atomically
 from agl_trl.miniworld import TASKS
 
-from .methods import METHODS, QUICK, wanted
+from .methods import METHODS, QUICK, made_alike, wanted
 from .protocols import PROTOCOLS, trained_alike
 from .report import write_report
 from .run import aligned, quiet, run_one, start_worker
@@ -38,7 +38,7 @@ SECONDS_PER_STEP = 0.21
 def main(
     methods: Annotated[str | None, typer.Option(help=f"Comma-separated, of: {', '.join(METHODS)}.")] = None,
     protocols: Annotated[str | None, typer.Option(help=f"Comma-separated, of: {', '.join(PROTOCOLS)}.")] = None,
-    seeds: Annotated[int, typer.Option(min=1)] = 2,
+    seeds: Annotated[int, typer.Option(min=1)] = 3,
     steps: Annotated[int, typer.Option(min=1, help="Optimizer steps of every run.")] = STEPS,
     workers: Annotated[int, typer.Option(min=1, help="Runs at a time, one thread each.")] = 2,
     quick: Annotated[bool, typer.Option(help="A few methods, the first task, one seed.")] = False,
@@ -76,20 +76,21 @@ def main(
         bar = progress.add_task("", total=len(plan))
         runs = {pool.submit(run_one, *run, steps, output_dir): run for run in plan}
         for future in as_completed(runs):
-            together, method, seed = runs[future]
+            pairs, seed = runs[future]
             for line in future.result():
-                path = _path(output_dir, line["protocol"], method, seed, steps)
+                path = _path(output_dir, line["protocol"], line["run"]["name"], seed, steps)
                 write_atomically(path, (json.dumps(line, indent=1) + "\n").encode())
-            progress.update(bar, advance=1, description=f"{', '.join(together)} · {method} · seed {seed}")
+            of, by = (", ".join(dict.fromkeys(names)) for names in zip(*pairs, strict=True))
+            progress.update(bar, advance=1, description=f"{of} · {by} · seed {seed}")
     shutil.rmtree(output_dir / "scratch", ignore_errors=True)
     write_report(output_dir, steps)
 
 
 def planned(
     methods: tuple[str, ...], protocols: tuple[str, ...], seeds: int, steps: int, folder: Path, *, full: bool
-) -> list[tuple[tuple[str, ...], str, int]]:
+) -> list[tuple[tuple[tuple[str, str], ...], int]]:
     """
-    Trainings whose results are not in the folder: the protocols that share one, the method, the seed.
+    Trainings whose results are not in the folder: the protocols and methods that share one, and the seed.
 
     Args:
         methods (`tuple[str, ...]`):
@@ -108,16 +109,17 @@ def planned(
     plan = []
     for seed in range(seeds):
         for together in trained_alike(protocols):
-            for method in methods:
+            for alike in made_alike(methods):
                 missing = tuple(
-                    protocol
+                    (protocol, method)
                     for protocol in together
+                    for method in alike
                     if not _path(folder, protocol, method, seed, steps).exists()
                     and (METHODS[method].preferences or not PROTOCOLS[protocol].preferences)
-                    and (not full or wanted(method, protocol))
+                    and (not full or wanted(method, protocol, seed))
                 )
                 if missing:
-                    plan.append((missing, method, seed))
+                    plan.append((missing, seed))
     return plan
 
 

@@ -3,13 +3,15 @@ The methods that are compared: what each changes in an otherwise equal run, and 
 its method has one to choose; of strengths that the source does not say, those around the inferred one.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 
 from peft import PeftModel
 from trl import SFTTrainer
+
+from agl_trl.miniworld import TASKS
 
 from .alphasteer import alphasteer
 from .asft import asft
@@ -63,8 +65,9 @@ class Method:
 ALL = dict(collision_coef=0.1, collision_rows=32)
 NOTHING, STATISTICS, ROWS, PAIR = "nothing", "statistics", "safety rows", "aligned and base weights"
 GUARD = "a judge of refusals"
+PLAIN, DEFAULT = plain(), kl_budget()  # what is steered at inference shares its training with them
 METHODS = {
-    "lora": Method(plain(), "plain LoRA", NOTHING, preferences=True),
+    "lora": Method(PLAIN, "plain LoRA", NOTHING, preferences=True),
     "lora-lr-1e-3": Method(plain(learning_rate=1e-3), "plain LoRA", NOTHING),
     "lora-lr-5e-4": Method(plain(learning_rate=5e-4), "plain LoRA", NOTHING),
     "agl-0.3": Method(agl(alignment_coef=0.3), "AGL penalty", STATISTICS),
@@ -114,7 +117,7 @@ METHODS = {
     "kl": Method(kl(), "KL", ROWS),
     "kl-0.3": Method(kl(0.3), "KL", ROWS),
     "kl-3": Method(kl(3.0), "KL", ROWS),
-    "agl": Method(kl_budget(), "AGL", ROWS, preferences=True),
+    "agl": Method(DEFAULT, "AGL", ROWS, preferences=True),
     "agl-kl-0.005": Method(kl_budget(0.005), "AGL", ROWS, preferences=True),
     "agl-kl-0.05": Method(kl_budget(0.05), "AGL", ROWS, preferences=True),
     "agl-own": Method(kl_budget(own=True), "AGL, own answers", ROWS),
@@ -183,14 +186,14 @@ METHODS = {
     "replay-own": Method(replay(own=True), "replay, own answers", ROWS),
     "replay-own-1": Method(replay(1.0, own=True), "replay, own answers", ROWS),
     "replay-own-5": Method(replay(5.0, own=True), "replay, own answers", ROWS),
-    "lora+scans": Method(plain(), "plain LoRA + SCANS", ROWS, preferences=True, steer=scans),
-    "lora+scans-0.3": Method(plain(), "plain LoRA + SCANS", ROWS, steer=partial(scans, strength=0.3)),
-    "lora+scans-3.0": Method(plain(), "plain LoRA + SCANS", ROWS, steer=partial(scans, strength=3.0)),
-    "lora+alphasteer": Method(plain(), "plain LoRA + AlphaSteer", ROWS, preferences=True, steer=alphasteer),
-    "lora+alphasteer-0.3": Method(plain(), "plain LoRA + AlphaSteer", ROWS, steer=partial(alphasteer, strength=0.3)),
-    "lora+alphasteer-3.0": Method(plain(), "plain LoRA + AlphaSteer", ROWS, steer=partial(alphasteer, strength=3.0)),
-    "agl+scans": Method(kl_budget(), "AGL + SCANS", ROWS, preferences=True, steer=scans),
-    "agl+alphasteer": Method(kl_budget(), "AGL + AlphaSteer", ROWS, preferences=True, steer=alphasteer),
+    "lora+scans": Method(PLAIN, "plain LoRA + SCANS", ROWS, preferences=True, steer=scans),
+    "lora+scans-0.3": Method(PLAIN, "plain LoRA + SCANS", ROWS, steer=partial(scans, strength=0.3)),
+    "lora+scans-3.0": Method(PLAIN, "plain LoRA + SCANS", ROWS, steer=partial(scans, strength=3.0)),
+    "lora+alphasteer": Method(PLAIN, "plain LoRA + AlphaSteer", ROWS, preferences=True, steer=alphasteer),
+    "lora+alphasteer-0.3": Method(PLAIN, "plain LoRA + AlphaSteer", ROWS, steer=partial(alphasteer, strength=0.3)),
+    "lora+alphasteer-3.0": Method(PLAIN, "plain LoRA + AlphaSteer", ROWS, steer=partial(alphasteer, strength=3.0)),
+    "agl+scans": Method(DEFAULT, "AGL + SCANS", ROWS, preferences=True, steer=scans),
+    "agl+alphasteer": Method(DEFAULT, "AGL + AlphaSteer", ROWS, preferences=True, steer=alphasteer),
     "lapt": Method(lapt(), "LAPT", ROWS),
     "lapt-0.03": Method(lapt(epsilon=0.03), "LAPT", ROWS),
     "lapt-0.3": Method(lapt(epsilon=0.3), "LAPT", ROWS),
@@ -201,25 +204,26 @@ METHODS = {
     "star-dss-judged-5": Method(star_dss(5.0, judged=True), "STAR-DSS, judged", GUARD),
     "star-dss-judged-20": Method(star_dss(20.0, judged=True), "STAR-DSS, judged", GUARD),
 }
-# On every protocol; all others, strengths and ablations, on SWEPT.
-CORE = ("lora", "agl", "agl-statistics", "budget-3e-3", "ewc-1e4", "replay", "kl")
+# On every protocol; all others, strengths and ablations, on SWEPT, with the first seed.
+CORE = ("lora", "agl", "agl-own", "agl-statistics", "budget-3e-3", "ewc-1e4", "replay", "replay-own", "kl")
 CORE += ("safe-lora", "salora", "splora", "lox", "asft", "spf", "ogpsa", "lookahead-real")
-CORE += (
-    "safegrad-1",
-    "ssah-0.3",
-    "kl-sft-1",
-    "osf-0.5",
-    "guardspace-0.95",
-    "similarity",
-    "sot",
-    "lapt",
-    "star-dss-1",
-    "star-dss-judged-1",
-)
+CORE += ("safegrad-1", "ssah-0.3", "kl-sft-1", "dft-kl-0.1", "oft", "osf-0.5", "guardspace-0.95")
+CORE += ("similarity", "sot", "lapt", "star-dss-1", "star-dss-judged-1", "lora+scans", "lora+alphasteer")
 SWEPT = ("steps", "hostile-10")
+SEEDED = (*TASKS, "hostile-1", "hostile-10", "identity", "attack")  # with every seed; the others with the first
 QUICK = ("lora", "agl", "budget-3e-3", "replay")
 
 
-def wanted(method: str, protocol: str) -> bool:
-    """Whether the full comparison has a method on a protocol."""
-    return method in CORE or protocol in SWEPT
+def wanted(method: str, protocol: str, seed: int) -> bool:
+    """Whether the full comparison has a method on a protocol with a seed."""
+    if seed == 0:
+        return method in CORE or protocol in SWEPT
+    return method in CORE and protocol in SEEDED
+
+
+def made_alike(names: Iterable[str]) -> list[tuple[str, ...]]:
+    """Methods in groups that share one training and differ in how the model is steered at inference."""
+    groups: dict[Callable, list[str]] = {}
+    for name in names:
+        groups.setdefault(METHODS[name].make, []).append(name)
+    return [tuple(group) for group in groups.values()]

@@ -29,16 +29,27 @@ def start_worker() -> None:
     torch.set_num_threads(1)
 
 
-def run_one(protocols: tuple[str, ...], method: str, seed: int, steps: int, folder: Path) -> list[dict]:
+def run_one(pairs: tuple[tuple[str, str], ...], seed: int, steps: int, folder: Path) -> list[dict]:
     """
-    Train and evaluate one method, in a process of its own or its peak of memory is another's. Of protocols that share their
-    training and differ in what follows it, the one that changes the adapter stands last.
+    Train once and evaluate, in a process of its own or its peak of memory is another's.
+
+    Args:
+        pairs (`tuple[tuple[str, str], ...]`):
+            Protocols with methods that share this training: protocols that differ in what follows it, of which the one that
+            changes the adapter stands last, and methods that differ in how the model is steered at inference.
+        seed (`int`):
+            Seed of the run.
+        steps (`int`):
+            Optimizer steps.
+        folder (`Path`):
+            Where the published statistics are.
 
     Returns:
-        `list[dict]`: the line of the results of every protocol.
+        `list[dict]`: the line of the results of every pair.
     """
-    tokenizer, prompts, rule = load_tokenizer(), heldout_prompts(), PROTOCOLS[protocols[0]]
-    scratch = folder / "scratch" / f"{protocols[0]}-{method}-{seed}"
+    (protocol, method), *_ = pairs
+    tokenizer, prompts, rule = load_tokenizer(), heldout_prompts(), PROTOCOLS[protocol]
+    scratch = folder / "scratch" / f"{protocol}-{method}-{seed}"
     shutil.rmtree(scratch, ignore_errors=True)
     shutil.copytree(folder / PUBLISHED, scratch / PUBLISHED)
     train = training_rows(rule, seed, steps * 16)
@@ -56,10 +67,11 @@ def run_one(protocols: tuple[str, ...], method: str, seed: int, steps: int, fold
     expected = test.map(prefixed) if METHODS[method].prefixed else test
     references = reference_answers(load_model(), tokenizer, seed)
     yardstick = FisherStatistics.from_pretrained(folder / PUBLISHED)
-    lines = []
-    for protocol in protocols:
-        if PROTOCOLS[protocol].attack:
+    lines, attacked = [], False
+    for protocol, method in pairs:
+        if PROTOCOLS[protocol].attack and not attacked:
             attack(trainer, rule.tasks[0], seed)
+            attacked = True
         with METHODS[method].steer(trainer.model, setting):
             _, run = evaluate(method, seed, trainer.model, tokenizer, prompts, expected, progress=False)
             with torch.no_grad():

@@ -17,7 +17,7 @@ from agl_trl.modeling.generation import generate_answers
 from agl_trl.modeling.lora import adapted_layers, base_weight
 from examples.benchmark import __main__ as benchmark
 from examples.benchmark import baselines, ideas, methods
-from examples.benchmark.methods import CORE, METHODS, Setting, wanted
+from examples.benchmark.methods import CORE, METHODS, SEEDED, Setting, wanted
 from examples.benchmark.protocols import PROTOCOLS, trained_alike, training_rows
 from examples.benchmark.ranking import best_of_families, expected_hypervolume, hypervolume, ranking, share
 from examples.benchmark.setting import PUBLISHED, published_statistics
@@ -137,24 +137,32 @@ def test_the_best_of_a_family_is_the_one_that_dominates_most():
 def test_peers_have_three_strengths():
     """All but those that have none to choose: a variant of another family, or a stack on AGL."""
     counts = Counter(method.family for method in METHODS.values())
-    for name in (*CORE, "oft", "dft-kl-0.1", "replay-own", "lora+scans", "lora+alphasteer"):
+    for name in {*CORE} - {"agl-own"}:
         assert counts[METHODS[name].family] >= 3, name
-    assert all(wanted(name, "attack") == (name in CORE) and wanted(name, "hostile-10") for name in METHODS)
+    for name in METHODS:
+        assert wanted(name, "attack", 0) == wanted(name, "attack", 2) == (name in CORE)
+        assert wanted(name, "hostile-10", 0) and wanted(name, "hostile-10", 1) == (name in CORE)
+        assert not wanted(name, "hostile-30", 1)
 
 
 def test_the_full_comparison_takes_four_hours_on_two_cores(tmp_path):
     """And what has been run is not planned again."""
-    told = benchmark.planned(tuple(METHODS), tuple(PROTOCOLS), 2, benchmark.STEPS, tmp_path, full=True)
+    told = benchmark.planned(tuple(METHODS), tuple(PROTOCOLS), 3, benchmark.STEPS, tmp_path, full=True)
     assert len(told) * benchmark.STEPS * benchmark.SECONDS_PER_STEP / 2 <= 4 * 3600
-    assert sum(METHODS[name].preferences for _, name, _ in told) > 0
-    assert {p for together, _, _ in told for p in together} == {*PROTOCOLS}
-    shared = [together for together, name, seed in told if name == "agl" and seed == 0 and "attack" in together]
-    assert shared == [("steps", "attack")]
+    pairs = [(*pair, seed) for together, seed in told for pair in together]
+    assert len({*pairs}) == len(pairs) and {p for p, _, _ in pairs} == {*PROTOCOLS}
+    for name in CORE:
+        assert {p for p, of, seed in pairs if of == name and seed == 2} == {*SEEDED}
+    (shared,) = [together for together, seed in told if ("attack", "agl") in together and seed == 0]
+    assert shared == (
+        *(("steps", name) for name in ("agl", "agl+scans", "agl+alphasteer")),
+        ("attack", "agl"),
+    ), "the attack changes the adapter, so that it stands last"
     path = tmp_path / "runs" / f"steps__agl__0__{benchmark.STEPS}.json"
     path.parent.mkdir()
     path.write_text("{}")
     rest = benchmark.planned(("agl",), ("steps", "attack"), 2, benchmark.STEPS, tmp_path, full=True)
-    assert rest == [(("attack",), "agl", 0), (("steps", "attack"), "agl", 1)]
+    assert rest == [((("attack", "agl"),), 0), ((("steps", "agl"), ("attack", "agl")), 1)]
 
 
 @pytest.mark.parametrize("protocol", ["hostile-1", "hostile-30", "identity", "three-tasks", "attack"])
@@ -184,7 +192,8 @@ def test_three_tasks_are_trained_in_order(tmp_path):
 def finished(tmp_path_factory) -> Path:
     """A protocol, and an attack that follows its training, as a user starts them: two processes at a time."""
     folder = tmp_path_factory.mktemp("benchmark")
-    command = [sys.executable, "-m", "examples.benchmark", "--methods", "lora", "--protocols", "steps,attack"]
+    methods = "lora,lora+alphasteer"
+    command = [sys.executable, "-m", "examples.benchmark", "--methods", methods, "--protocols", "steps,attack"]
     command += ["--seeds", "1", "--steps", "2", "--output-dir", str(folder)]
     subprocess.run(command, check=True, cwd=ROOT)
     return folder
@@ -195,14 +204,17 @@ def test_neither_workers_nor_shared_training_change_a_run(finished, tmp_path):
     for shared in (PUBLISHED, "aligned"):
         shutil.copytree(finished / shared, tmp_path / shared)
     options = dict(seeds=1, steps=2, workers=1, quick=False, output_dir=tmp_path)
-    benchmark.main(methods="lora", protocols="attack", **options)
+    for name in ("lora", "lora+alphasteer"):
+        benchmark.main(methods=name, protocols="attack", **options)
 
-    def figures(folder: Path) -> dict:
-        result = json.loads((folder / "runs" / "attack__lora__0__2.json").read_text())
+    def figures(folder: Path, name: str) -> dict:
+        result = json.loads((folder / "runs" / f"attack__{name}__0__2.json").read_text())
         assert result.pop("peak_bytes") > 1e8 and result["run"].pop("train_seconds") > 0
         return result
 
-    assert figures(tmp_path) == figures(finished) and len(list((finished / "runs").iterdir())) == 2
+    for name in ("lora", "lora+alphasteer"):
+        assert figures(tmp_path, name) == figures(finished, name)
+    assert len(list((finished / "runs").iterdir())) == 4
     assert "## Ranking" in (finished / "report.md").read_text()
 
 
@@ -212,7 +224,8 @@ def test_runs_are_resumed_and_reported(finished, tmp_path):
     first = {path: path.stat().st_mtime_ns for path in (folder / "runs").iterdir()}
     options = dict(seeds=1, steps=2, workers=1, quick=False, output_dir=folder)
     benchmark.main(methods="lora,budget-1e-3", protocols="steps", **options)
-    assert {path.name for path in first} == {"steps__lora__0__2.json", "attack__lora__0__2.json"}
+    names = {f"{protocol}__{name}__0__2.json" for protocol in ("steps", "attack") for name in ("lora", "lora+alphasteer")}
+    assert {path.name for path in first} == names
     assert all(path.stat().st_mtime_ns == when for path, when in first.items()), "a finished run is not repeated"
     report = (folder / "report.md").read_text()
     assert "| lora | nothing |" in report and "| budget-1e-3 | statistics |" in report and "1 of 1 runs" in report
