@@ -26,7 +26,9 @@ from .statistics import check_same_base, describe_base
 
 TOP_K = 32
 BATCH_SIZE = 8
-BATCH_TOKENS = 2048  # of a batch of eight: the logits of 8 rows of 1,024 tokens are 2.5 GB in bfloat16, with 150,000 words
+BATCH_TOKENS = (
+    2048  # of a batch of eight: the logits of 8 rows of 1,024 tokens are 2.5 GB in bfloat16, with 150,000 words
+)
 LARGEST_START = 0.1  # nats per token by which a reference model may differ from its own answers: a quantised one does
 
 

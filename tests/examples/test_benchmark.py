@@ -224,7 +224,9 @@ def test_runs_are_resumed_and_reported(finished, tmp_path):
     first = {path: path.stat().st_mtime_ns for path in (folder / "runs").iterdir()}
     options = dict(seeds=1, steps=2, workers=1, quick=False, output_dir=folder)
     benchmark.main(methods="lora,budget-1e-3", protocols="steps", **options)
-    names = {f"{protocol}__{name}__0__2.json" for protocol in ("steps", "attack") for name in ("lora", "lora+alphasteer")}
+    names = {
+        f"{protocol}__{name}__0__2.json" for protocol in ("steps", "attack") for name in ("lora", "lora+alphasteer")
+    }
     assert {path.name for path in first} == names
     assert all(path.stat().st_mtime_ns == when for path, when in first.items()), "a finished run is not repeated"
     report = (folder / "report.md").read_text()

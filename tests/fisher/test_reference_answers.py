@@ -87,17 +87,13 @@ def test_long_rows_are_fewer_in_a_batch(taken, tokenizer, monkeypatch):
     count = model.register_forward_pre_hook(lambda *args: sizes.append(args[-1]["input_ids"].shape), with_kwargs=True)
     with count, torch.no_grad():
         found = references.kl(model)
-        measured = ReferenceAnswers.measure(
-            model, tokenizer, references.rows, references.kinds, progress=False
-        )
+        measured = ReferenceAnswers.measure(model, tokenizer, references.rows, references.kinds, progress=False)
     assert len(sizes) > 2 and sum(rows for rows, _ in sizes) == 2 * len(references.rows)
     assert all(rows * length <= longest for rows, length in sizes)
     with torch.no_grad():
         alone = torch.cat([references.kl(model, [i]) for i in range(len(references.rows))])
         monkeypatch.undo()
-        together = ReferenceAnswers.measure(
-            model, tokenizer, references.rows, references.kinds, progress=False
-        )
+        together = ReferenceAnswers.measure(model, tokenizer, references.rows, references.kinds, progress=False)
     torch.testing.assert_close(found, alone)
     for parts in (("log_probs", 1e-5), ("tokens", 0)):
         for one, other in zip(getattr(measured, parts[0]), getattr(together, parts[0]), strict=True):
