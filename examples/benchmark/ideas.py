@@ -1,6 +1,6 @@
 """
 Ideas that were tried on the way to the shipped defaults, kept so that anyone can repeat them: layer importance, a decoupled
-proximal step, and pseudo-replay without data.
+proximal step, pseudo-replay without data, and SafeGrad's surgery inside AGL.
 """
 
 from collections.abc import Callable
@@ -16,7 +16,9 @@ from agl_trl.miniworld import alignment_dataset, load_model
 from agl_trl.modeling.generation import answered_by
 from agl_trl.modeling.lora import adapted_layers
 
-from .setting import Setting, build, common, published_statistics
+from .baselines import kl_budget
+from .safegrad import Surgery
+from .setting import Setting, build, common, published_statistics, reference_answers
 
 
 def layer_importance(coef: float) -> Callable[[Setting], SFTTrainer]:
@@ -106,5 +108,21 @@ def pseudo_replay(**options) -> Callable[[Setting], SFTTrainer]:
     def make(setting: Setting) -> SFTTrainer:
         args = AGLSFTConfig(**common(setting, **options))
         return build(AGLSFTTrainer, args, setting, alignment_dataset=own_conversations(setting))
+
+    return make
+
+
+def agl_surgery(rows: int = 4) -> Callable[[Setting], SFTTrainer]:
+    """
+    AGL as it is by default, with SafeGrad's surgery of the task's gradient before its own terms join it; both see this many protected
+    rows a step.
+    """
+
+    def make(setting: Setting) -> SFTTrainer:
+        trainer = kl_budget(anchor_batch_size=rows)(setting)
+        references = reference_answers(trainer.model, setting.tokenizer, setting.seed)
+        # First of all callbacks: AGL adds its gradient in one of them.
+        trainer.callback_handler.callbacks.insert(0, Surgery(references, 0.0, setting.seed, rows))
+        return trainer
 
     return make

@@ -17,7 +17,7 @@ from .alphasteer import alphasteer
 from .asft import asft
 from .baselines import agl, calibrated, ewc, kl, kl_budget, l2, plain, replay
 from .guardspace import guardspace
-from .ideas import layer_importance, proximal, pseudo_replay
+from .ideas import agl_surgery, layer_importance, proximal, pseudo_replay
 from .kl_sft import kl_sft
 from .lapt import lapt
 from .lookahead import lookahead, real, virtual
@@ -121,6 +121,9 @@ METHODS = {
     "agl-kl-0.005": Method(kl_budget(0.005), "AGL", ROWS, preferences=True),
     "agl-kl-0.05": Method(kl_budget(0.05), "AGL", ROWS, preferences=True),
     "agl-own": Method(kl_budget(own=True), "AGL, own answers", ROWS),
+    "agl-rows-16": Method(kl_budget(anchor_batch_size=16), "AGL, 16 rows a step", ROWS),
+    "agl-surgery": Method(agl_surgery(), "AGL with SafeGrad's surgery", ROWS),
+    "agl-surgery-16": Method(agl_surgery(16), "AGL with SafeGrad's surgery", ROWS),
     "agl-radius4": Method(kl_budget(0.02, trust_radius=4.0), "AGL, twice the trust region", ROWS),
     "agl-no-region": Method(kl_budget(0.02, trust_radius=None), "AGL, anchor and projection, no trust region", ROWS),
     "agl-no-anchor": Method(kl_budget(0.02, anchor_coef=0.0), "AGL, trust region and projection", ROWS),

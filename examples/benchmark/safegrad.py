@@ -51,8 +51,8 @@ def surgery(gradient: Sequence[Tensor], alignment: Sequence[Tensor], coef: float
 class Surgery(TrainerCallback):
     """Before every step of the optimizer, over all parameters that are trained."""
 
-    def __init__(self, references: ReferenceAnswers, coef: float, seed: int):
-        self.anchor, self.coef = Anchor(references, 1, ROWS_PER_STEP, seed), coef
+    def __init__(self, references: ReferenceAnswers, coef: float, seed: int, rows: int = ROWS_PER_STEP):
+        self.anchor, self.coef = Anchor(references, 1, rows, seed), coef
 
     def on_pre_optimizer_step(self, args, state, control, model=None, **kwargs):
         parameters = [p for p in model.parameters() if p.requires_grad and p.grad is not None]

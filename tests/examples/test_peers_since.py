@@ -11,10 +11,11 @@ from agl_trl.miniworld import alignment_dataset, load_model, load_tokenizer, tas
 from agl_trl.modeling.generation import generate_answers
 from agl_trl.modeling.lora import adapted_layers
 from agl_trl.objective.covariance import LowRankCovariance
+from agl_trl.trainer.callback import AlignGuardCallback
 from examples.benchmark.guardspace import NullSpace, leading
 from examples.benchmark.kl_sft import anchored, token_losses
 from examples.benchmark.methods import METHODS, Setting
-from examples.benchmark.safegrad import surgery
+from examples.benchmark.safegrad import Surgery, surgery
 from examples.benchmark.setting import published_statistics
 from examples.benchmark.ssah import critical, importance
 from examples.benchmark.star_dss import scored, scores
@@ -53,6 +54,26 @@ def test_safegrad_leaves_what_agrees():
     a = [torch.randn(3, 4)]
     assert torch.equal(surgery([2 * a[0]], a)[0], 2 * a[0])
     assert torch.equal(surgery(a, [torch.zeros(3, 4)])[0], a[0]), "at the first step the alignment's is zero"
+
+
+def test_surgery_inside_agl_sees_the_gradient_of_the_task_alone(tmp_path, monkeypatch):
+    """It comes before AGL's own gradient, which a conflict with the alignment would otherwise never leave."""
+    made = METHODS["agl-surgery"].make(
+        Setting(tmp_path, 0, 3, load_tokenizer(), task_dataset("steps").select(range(64)))
+    )
+    order: list[str] = []
+    for kind in (Surgery, AlignGuardCallback):
+        own = kind.on_pre_optimizer_step
+
+        def noted(self, *args, own=own, **kwargs):
+            order.append(self.__class__.__name__)
+            own(self, *args, **kwargs)
+
+        monkeypatch.setattr(kind, "on_pre_optimizer_step", noted)
+    made.train()
+    assert order == ["Surgery", "AlignGuardCallback"] * 3
+    plain = trainer("agl", tmp_path / "agl")
+    assert differ(plain, made)
 
 
 def test_safegrad_changes_the_run(tmp_path):
