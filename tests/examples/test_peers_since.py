@@ -71,7 +71,7 @@ def test_surgery_inside_agl_sees_the_gradient_of_the_task_alone(tmp_path, monkey
 
         monkeypatch.setattr(kind, "on_pre_optimizer_step", noted)
     made.train()
-    assert order == ["Surgery", "AlignGuardCallback"] * 3
+    assert len(order) == 6 and order[::2] == ["Surgery"] * 3 and "Surgery" not in order[1::2]
     plain = trainer("agl", tmp_path / "agl")
     assert differ(plain, made)
 
