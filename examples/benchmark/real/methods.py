@@ -3,7 +3,8 @@ The methods by name: what each changes in an otherwise equal run. A further one 
 
 - `lr`: times the given learning rate;
 - `agl`: options of `AGLSFTConfig`; it gets all protected rows, or with `rows=False` the published statistics alone;
-- `trainer`: another trainer, which gets the protected rows, or the model before alignment (`--before`).
+- `trainer`: another trainer, which gets the protected rows, or the model before alignment (`--before`);
+- `callback`: makes one of the trainer, the protected rows and the seed.
 """
 
 from pathlib import Path
@@ -23,10 +24,10 @@ from ..baselines import EWCTrainer, ReplayTrainer
 from ..safe_lora import SafeLoraTrainer
 from .base import Base
 from .measure import BATCH, row_figures
+from .peers import LONGEST, guardspace, safegrad
 from .setting import Options
 
 
-LONGEST = 256  # tokens of a protected row in the baselines: longer ones lose their end
 EWC_ROWS = 64
 
 
@@ -65,6 +66,8 @@ METHODS: dict[str, dict[str, Any]] = {
     "kl": dict(trainer=KLTrainer),
     "ewc": dict(trainer=EWCTrainer),
     "safe-lora": dict(trainer=SafeLoraTrainer),
+    "safegrad": dict(callback=safegrad),
+    "guardspace": dict(callback=guardspace),
 }
 KL_BUDGET = "agl-kl"
 
@@ -137,6 +140,8 @@ def make(
             trainer.before = load_model(str(options.before), dtype=options.dtype)[0]
         else:
             give_rows(trainer, base.protected, seed)
+    if "callback" in method:
+        trainer.add_callback(method["callback"](trainer, base.protected, seed))
     trainer.remove_callback(PrinterCallback)
     return trainer
 
