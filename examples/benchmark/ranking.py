@@ -5,7 +5,7 @@ import statistics as stats
 from collections.abc import Iterable, Sequence
 from itertools import combinations
 
-from .methods import METHODS
+from .methods import METHODS, SEEDED
 
 
 Results = dict[tuple[str, str], list[dict]]
@@ -81,7 +81,7 @@ def best_of_families(found: dict[str, Point]) -> set[str]:
 
 def ranking(results: Results, aligned: dict[str, dict]) -> str:
     """
-    Markdown table by family and protocol, by the mean over the protocols that all of them ran: the expected hypervolume of three
+    Markdown table by family and protocol, by the mean over the protocols that the full comparison runs with every seed: the expected hypervolume of three
     points, that of one, that of the best one in every protocol, and how many points there were to draw from.
     """
     by_protocol = {protocol: by_family(method_points(results, protocol, line)) for protocol, line in aligned.items()}
@@ -90,7 +90,7 @@ def ranking(results: Results, aligned: dict[str, dict]) -> str:
     shared = [
         p
         for p in by_protocol
-        if not p.startswith("dpo") and {METHODS[m].family for m in _core(results)} <= {*by_protocol[p]}
+        if p in SEEDED and {METHODS[m].family for m in _core(results)} <= {*by_protocol[p]}
     ]
     full = {f for f in families if shared and all(f in by_protocol[p] for p in shared)}
     mean, alone = (
@@ -120,6 +120,6 @@ def _cell(points: Sequence[Point]) -> str:
 
 
 def _core(results: Results) -> set[str]:
-    """Methods that ran on the most protocols, DPO aside."""
-    counts = {name: sum(of == name and not p.startswith("dpo") for p, of in results) for _, name in results}
+    """Methods that ran on the most of these protocols."""
+    counts = {name: sum(of == name and p in SEEDED for p, of in results) for _, name in results}
     return {name for name, count in counts.items() if count == max(counts.values())}

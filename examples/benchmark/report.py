@@ -39,16 +39,17 @@ def load(folder: Path, steps: int) -> dict[tuple[str, str], list[dict]]:
     """Runs of `steps` steps by protocol and method, each with its task gain and time relative to plain LoRA of its seed."""
     results: dict[tuple[str, str], list[dict]] = defaultdict(list)
     raw = [json.loads(path.read_text()) for path in sorted((folder / "runs").glob(f"*__{steps}.json"))]
-    plain = {(r["protocol"], r["run"]["seed"]): r["run"] for r in raw if r["run"]["name"] == "lora"}
-    plain_bytes = {(r["protocol"], r["run"]["seed"]): r["peak_bytes"] for r in raw if r["run"]["name"] == "lora"}
+    plain = {(r["protocol"], r["run"]["seed"]): r for r in raw if r["run"]["name"] == "lora"}
     lines = aligned_lines(folder)
     for result in raw:
         run, aligned = result["run"], lines[result["protocol"]]
         base = plain.get((result["protocol"], run["seed"]))
         if base is not None:
-            run["gain"] = (aligned["task_nll"] - run["task_nll"]) / (aligned["task_nll"] - base["task_nll"])
-            run["time"] = run["train_seconds"] / base["train_seconds"]
-            run["memory"] = result["peak_bytes"] / plain_bytes[result["protocol"], run["seed"]]
+            learned = aligned["task_nll"] - base["run"]["task_nll"]
+            run["gain"] = (aligned["task_nll"] - run["task_nll"]) / learned
+            run["memory"] = result["peak_bytes"] / base["peak_bytes"]
+            if "cpu_seconds" in result and "cpu_seconds" in base:
+                run["time"] = result["cpu_seconds"] / base["cpu_seconds"]
         results[result["protocol"], run["name"]].append({**run, "budget_kept": result["budget_kept"]})
     return results
 
@@ -59,8 +60,8 @@ def table(results: dict[tuple[str, str], list[dict]], protocol: str, aligned: di
     best one in bold.
     """
     best = best_of_families(method_points(results, protocol, aligned))
-    lines = ["| method | data in the run | " + " | ".join(title for title, _ in COLUMNS.values()) + " |"]
-    lines.append("|---" * (len(COLUMNS) + 2) + "|")
+    lines = ["| method | seeds | data in the run | " + " | ".join(title for title, _ in COLUMNS.values()) + " |"]
+    lines.append("|---" * (len(COLUMNS) + 3) + "|")
     for method, description in METHODS.items():
         runs = results.get((protocol, method))
         if runs:
@@ -69,7 +70,7 @@ def table(results: dict[tuple[str, str], list[dict]], protocol: str, aligned: di
                 for key, (_, form) in COLUMNS.items()
             ]
             name = f"**{method}**" if method in best else method
-            lines.append(f"| {name} | {description.needs} | " + " | ".join(cells) + " |")
+            lines.append(f"| {name} | {len(runs)} | {description.needs} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
 
@@ -146,12 +147,10 @@ def write_report(folder: Path, steps: int) -> None:
     """Write `report.md` and `curves.png` from all finished runs, and print the report."""
     results = load(folder, steps)
     protocols = [name for name in PROTOCOLS if any(of == name for of, _ in results)]
-    seeds = max(len(runs) for runs in results.values())
     head = (
-        f"# Benchmark on the embedded world\n\nFrom `python -m examples.benchmark --seeds {seeds}`: {steps} steps of 16 rows (8 "
-        "pairs for DPO); mean ± half the range over seeds, no ± where one seed was run. Time and memory (peak resident memory of "
-        "the process) are ratios to plain LoRA of the same seed, of single-threaded runs that may have shared the machine with "
-        "others: `python -m examples.benchmark.overhead` measures step times."
+        f"# Benchmark on the embedded world\n\nFrom `python -m examples.benchmark`: {steps} steps of 16 rows (8 pairs for DPO); "
+        "mean ± half the range over seeds, of which the second column has the number. Time (processor seconds of the training, on one "
+        "thread; – where it was not taken) and memory (peak resident memory of the process) are ratios to plain LoRA of the same seed."
     )
     rank = (
         "## Ranking\n\nShare of the plane of drift and task loss that a family of methods dominates, larger is better: drift is the "

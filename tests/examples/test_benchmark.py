@@ -210,6 +210,7 @@ def test_neither_workers_nor_shared_training_change_a_run(finished, tmp_path):
     def figures(folder: Path, name: str) -> dict:
         result = json.loads((folder / "runs" / f"attack__{name}__0__2.json").read_text())
         assert result.pop("peak_bytes") > 1e8 and result["run"].pop("train_seconds") > 0
+        assert result.pop("cpu_seconds") > 0
         return result
 
     for name in ("lora", "lora+alphasteer"):
@@ -230,7 +231,9 @@ def test_runs_are_resumed_and_reported(finished, tmp_path):
     assert {path.name for path in first} == names
     assert all(path.stat().st_mtime_ns == when for path, when in first.items()), "a finished run is not repeated"
     report = (folder / "report.md").read_text()
-    assert "| lora | nothing |" in report and "| budget-1e-3 | statistics |" in report and "1 of 1 runs" in report
+    assert (
+        "| lora | 1 | nothing |" in report and "| budget-1e-3 | 1 | statistics |" in report and "1 of 1 runs" in report
+    )
     assert (folder / "curves.png").stat().st_size > 10_000 and not (folder / "scratch").exists()
     run = json.loads(next((folder / "runs").glob("*budget*")).read_text())
     assert run["budget_kept"] and run["run"]["relative_drift"] <= 1e-3
