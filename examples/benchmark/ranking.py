@@ -88,9 +88,7 @@ def ranking(results: Results, aligned: dict[str, dict]) -> str:
     by_protocol = {protocol: found for protocol, found in by_protocol.items() if found}
     families = {family for found in by_protocol.values() for family in found}
     shared = [
-        p
-        for p in by_protocol
-        if p in SEEDED and {METHODS[m].family for m in _core(results)} <= {*by_protocol[p]}
+        p for p in by_protocol if p in SEEDED and {METHODS[m].family for m in _core(results)} <= {*by_protocol[p]}
     ]
     full = {f for f in families if shared and all(f in by_protocol[p] for p in shared)}
     mean, alone = (

@@ -206,7 +206,7 @@ def plain(base, options, tmp_path_factory) -> torch.Tensor:
 def test_every_method_trains(name, base, options, plain, tmp_path):
     weights = trained(name, base, options, tmp_path)
     assert torch.isfinite(weights).all() and weights.shape == plain.shape
-    if name in ("plain-lr0.3", "plain-lr3", "paper", "replay", "kl", "safe-lora", "safegrad", "guardspace"):
+    if name in ("plain-lr0.3", "plain-lr3", "paper", "replay", "kl", "safe-lora", "safegrad", "guardspace", "lapt"):
         assert not torch.equal(weights, plain)
 
 

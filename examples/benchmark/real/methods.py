@@ -21,6 +21,7 @@ from agl_trl.data.alignment import AlignmentRow, batches, pad_token_id, tokenize
 from agl_trl.modeling.loading import load_model
 
 from ..baselines import EWCTrainer, ReplayTrainer
+from ..lapt import LaptTrainer
 from ..safe_lora import SafeLoraTrainer
 from .base import Base
 from .measure import BATCH, row_figures
@@ -68,6 +69,7 @@ METHODS: dict[str, dict[str, Any]] = {
     "safe-lora": dict(trainer=SafeLoraTrainer),
     "safegrad": dict(callback=safegrad),
     "guardspace": dict(callback=guardspace),
+    "lapt": dict(trainer=LaptTrainer),
 }
 KL_BUDGET = "agl-kl"
 
@@ -151,6 +153,6 @@ def give_rows(trainer: SFTTrainer, protected: list[dict[str, Any]], seed: int) -
     order = torch.randperm(len(protected), generator=torch.Generator().manual_seed(seed)).tolist()
     if isinstance(trainer, EWCTrainer):
         trainer.prepare([protected[i] for i in order[:EWC_ROWS]])
-    elif isinstance(trainer, ReplayTrainer | KLTrainer):
+    elif isinstance(trainer, ReplayTrainer | KLTrainer | LaptTrainer):
         rows = [tokenize_row(protected[i], trainer.processing_class, LONGEST) for i in order]
-        trainer.replay_rows = trainer.protected_rows = rows
+        trainer.replay_rows = trainer.protected_rows = trainer.safety_rows = rows

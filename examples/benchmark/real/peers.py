@@ -1,6 +1,6 @@
 """
-The peers that did best on the embedded world, on a real model: what a trainer is given beside its rows. Their equations and what is
-inferred in them stand in `safegrad.py` and `guardspace.py` of the folder above.
+Peers that did best on the embedded world, on a real model: what a trainer is given beside its rows. Their equations and what is
+inferred in them stand in `safegrad.py` and `guardspace.py` of the folder above, beside `lapt.py`, whose trainer is taken as it is.
 """
 
 from typing import Any
