@@ -4,13 +4,13 @@ Group relative policy optimisation that keeps the alignment of the model. The fl
 
 ```bash
 accelerate launch -m agl_trl.scripts.grpo \
-    --model_name_or_path Qwen/Qwen3-0.6B \
+    --model_name_or_path Qwen/Qwen2.5-0.5B-Instruct \
     --dataset_name trl-lib/DeepMath-103K \
     --reward_funcs accuracy_reward \
     --alignment_dataset_name data/refusals.jsonl \
     --use_peft --lora_target_modules all-linear \
     --learning_rate 1.0e-5 \
-    --output_dir Qwen3-0.6B-AGL \
+    --output_dir Qwen2.5-0.5B-AGL \
     --push_to_hub
 ```
 

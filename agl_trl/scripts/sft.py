@@ -4,12 +4,12 @@ Supervised fine-tuning that keeps the alignment of the model. The flags are thos
 
 ```bash
 accelerate launch -m agl_trl.scripts.sft \
-    --model_name_or_path Qwen/Qwen3-0.6B \
+    --model_name_or_path Qwen/Qwen2.5-0.5B-Instruct \
     --dataset_name trl-lib/Capybara \
     --alignment_dataset_name data/refusals.jsonl \
     --use_peft --lora_target_modules all-linear \
     --learning_rate 2.0e-4 \
-    --output_dir Qwen3-0.6B-AGL \
+    --output_dir Qwen2.5-0.5B-AGL \
     --push_to_hub
 ```
 

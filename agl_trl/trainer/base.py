@@ -1,5 +1,6 @@
 """What all AGL trainers share: a TRL trainer with the callback installed, and a report of its drift."""
 
+import warnings
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -57,8 +58,14 @@ class AlignGuardMixin(SavingMixin):
                 check_adapter(model)
             self.align_guard = _InstalledCallback(config, alignment_dataset, protect=protect)
             callbacks = [self.align_guard, *(callbacks or [])]
-        elif config.drift_eval_steps is not None:  # plain training that is watched
-            callbacks = [DriftEvalCallback(config), *(callbacks or [])]
+        else:
+            if alignment_dataset is not None or protect is not None:
+                warnings.warn(
+                    "Protected rows are given, and the configuration switches AGL off: nothing is protected. A `kl_budget` switches it on.",
+                    stacklevel=4,
+                )
+            if config.drift_eval_steps is not None:  # plain training that is watched
+                callbacks = [DriftEvalCallback(config), *(callbacks or [])]
         return dict(model=model, args=config, peft_config=peft_config, callbacks=callbacks)
 
     @classmethod

@@ -71,7 +71,7 @@ class AGLDPOTrainer(AlignGuardMixin, DPOTrainer):
     from agl_trl import AGLDPOConfig, AGLDPOTrainer
 
     trainer = AGLDPOTrainer(
-        model="Qwen/Qwen3-0.6B",
+        model="Qwen/Qwen2.5-0.5B-Instruct",
         args=AGLDPOConfig("outputs", kl_budget=0.02),
         train_dataset=load_dataset("trl-lib/ultrafeedback_binarized", split="train"),
         peft_config=LoraConfig(target_modules="all-linear"),

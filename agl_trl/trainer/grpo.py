@@ -75,7 +75,7 @@ class AGLGRPOTrainer(AlignGuardMixin, GRPOTrainer):
     from agl_trl import AGLGRPOConfig, AGLGRPOTrainer
 
     trainer = AGLGRPOTrainer(
-        model="Qwen/Qwen3-0.6B",
+        model="Qwen/Qwen2.5-0.5B-Instruct",
         reward_funcs=accuracy_reward,
         args=AGLGRPOConfig("outputs", kl_budget=0.02),
         train_dataset=load_dataset("trl-lib/DeepMath-103K", split="train"),

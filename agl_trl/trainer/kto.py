@@ -71,7 +71,7 @@ class AGLKTOTrainer(AlignGuardMixin, KTOTrainer):
     from agl_trl import AGLKTOConfig, AGLKTOTrainer
 
     trainer = AGLKTOTrainer(
-        model="Qwen/Qwen3-0.6B",
+        model="Qwen/Qwen2.5-0.5B-Instruct",
         args=AGLKTOConfig("outputs", kl_budget=0.02),
         train_dataset=load_dataset("trl-lib/kto-mix-14k", split="train"),
         peft_config=LoraConfig(target_modules="all-linear"),

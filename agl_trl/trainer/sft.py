@@ -79,7 +79,7 @@ class AGLSFTTrainer(AlignGuardMixin, SFTTrainer):
     from agl_trl import AGLSFTConfig, AGLSFTTrainer
 
     trainer = AGLSFTTrainer(
-        model="Qwen/Qwen3-0.6B",
+        model="Qwen/Qwen2.5-0.5B-Instruct",
         args=AGLSFTConfig("outputs", kl_budget=0.02),
         train_dataset=load_dataset("trl-lib/Capybara", split="train"),
         peft_config=LoraConfig(target_modules="all-linear"),

@@ -1,6 +1,7 @@
 """AGLSFTTrainer: what it adds, and that it adds nothing when it is off."""
 
 import json
+import warnings
 
 import pytest
 import torch
@@ -154,6 +155,16 @@ def test_architectures_train_a_step_and_save_both_files(architecture, tmp_path, 
     report, statistics = DriftReport.from_pretrained(tmp_path), FisherStatistics.from_pretrained(tmp_path)
     assert report.mean_relative_drift > 0 and set(report.layers) == set(statistics.input_of)
     assert len(report.layers) == len(adapted_layers(trainer.model))
+
+
+def test_rows_that_nothing_protects_are_told(tmp_path, tokenizer, train_rows, alignment_rows):
+    """`anchor_coef=0` by itself switches everything off, which the name does not say."""
+    with pytest.warns(UserWarning, match="switches AGL off: nothing is protected"):
+        trainer = agl_trainer(tmp_path, tokenizer, train_rows, alignment_rows, anchor_coef=0.0)
+    assert trainer.align_guard is None
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message=".*switches AGL off.*")
+        agl_trainer(tmp_path, tokenizer, train_rows, None, anchor_coef=0.0)
 
 
 def test_saved_evidence_describes_the_saved_adapter(tmp_path, tokenizer, train_rows, alignment_rows):
