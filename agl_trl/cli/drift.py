@@ -30,6 +30,7 @@ from ..evaluation.answer_cache import AnswerCache
 from ..evaluation.behaviour import measure_behaviour
 from ..evaluation.judges import load_judge
 from ..fisher.estimate import estimate_fisher
+from ..fisher.partial_sums import weights_fingerprint
 from ..fisher.statistics import FisherStatistics
 from ..modeling.loading import load_adapter, load_model
 from ..modeling.lora import linear_layers
@@ -139,7 +140,10 @@ def drift(
     if questions is None and not sets and measured.without_weights is not None and not measured.uncovered:
         raise ValueError(f"There is nothing to measure without `--prompts`, since {measured.without_weights}.")
     measured.adapter_sha256 = None if folder is None else sha256(folder / ADAPTER_FILE)
-    settings = json.dumps([base, measured.adapter_sha256 or tuned, max_new_tokens])
+    weights = [
+        weights_fingerprint(side) for side in (model, base_model) if side is not None
+    ]  # a folder may be trained into again
+    settings = json.dumps([base, measured.adapter_sha256 or tuned, max_new_tokens, *weights])
     # Answers of this very adapter under these settings, where asking was interrupted; gone when the report is there.
     unfinished = output_dir / f"unfinished-{hashlib.sha256(settings.encode()).hexdigest()[:12]}.jsonl"
     store = AnswerCache(unfinished, settings)

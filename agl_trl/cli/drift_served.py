@@ -8,6 +8,7 @@ from functools import partial
 from pathlib import Path
 
 import torch
+import typer
 
 from ..drift.gate import certain_already
 from ..drift.report import DriftReport
@@ -87,6 +88,10 @@ def drift_served(
         measured = DriftReport([], none, none, none, none, metadata={"without_weights": WITHOUT_WEIGHTS})
         settings = json.dumps([base.url, base.model_id, tuned.url, tuned.model_id, max_new_tokens])
         unfinished = output_dir / f"unfinished-{hashlib.sha256(settings.encode()).hexdigest()[:12]}.jsonl"
+        if unfinished.exists():
+            typer.echo(
+                f"Answers of an interrupted run are used. If a server has another model since, delete '{unfinished}'."
+            )
         measured.behaviour = measure_served(
             base,
             tuned,

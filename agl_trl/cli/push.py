@@ -46,8 +46,8 @@ def push(
     """
     if not folder.is_dir():
         raise PushError(f"There is no folder '{folder}'.")
-    if not any(path.is_file() for path in (folder / ADAPTER_FILE, *folder.glob(f"*/{ADAPTER_FILE}"))):
-        raise PushError(f"There is no adapter in '{folder}': '{ADAPTER_FILE}' is missing.")
+    if not any(Path(name).name == ADAPTER_FILE for name in files_to_push(folder)):
+        raise PushError(f"There is no adapter in '{folder}' (checkpoints aside): '{ADAPTER_FILE}' is missing.")
     if not (folder / FOLDER / DRIFT_FILE).is_file():
         raise PushError(f"There is no report in '{folder}': measure the adapter first with `agl-trl attach`.")
     card = folder / "README.md"

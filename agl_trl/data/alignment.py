@@ -47,12 +47,12 @@ def select_rows(
     num_samples: int | None,
     seed: int,
     *,
-    unsafe: bool = True,
+    unsafe: bool | None = True,
 ) -> list[Row]:
     """
     Rows that carry the statistics: those marked in the column `unsafe` if the dataset has one, all otherwise; of these
     a seeded sample (of an iterable dataset the first rows). They keep their numbers in the dataset. With `unsafe=False` the
-    others, of which there may be none: look-alikes, which the model is to go on answering.
+    others, of which there may be none: look-alikes, which the model is to go on answering. With `unsafe=None` all, whatever the mark.
 
     Args:
         dataset (`Dataset`, `IterableDataset` or `Sequence[Mapping]`):
@@ -62,7 +62,7 @@ def select_rows(
         seed (`int`):
             Seed of the sample; the global random state stays untouched.
         unsafe (`bool`, *optional*, defaults to `True`):
-            Whether to take the rows that carry the statistics, or the others.
+            Whether to take the rows that carry the statistics, or the others; `None` takes both.
 
     Raises:
         `ValueError`: If no row is left that carries them, or a row can't be read.
@@ -74,20 +74,24 @@ def select_rows(
         )
     if isinstance(dataset, IterableDataset):
         # Of other rows than unsafe ones there may be none, and the dataset may have no end.
-        last = None if unsafe or num_samples is None else SEARCHED * num_samples
+        last = SEARCHED * num_samples if unsafe is False and num_samples is not None else None
         numbered = (Row(row, number) for number, row in enumerate(islice(dataset, last)))
-        rows = list(islice((row for row in numbered if _carries(row) == unsafe), num_samples))
+        rows = list(islice((row for row in numbered if _is_wanted(row, unsafe)), num_samples))
     elif isinstance(dataset, Dataset):
         marks = [column for column in dataset.column_names if column.strip() == PROTECTED_COLUMN]
-        marked = [Row(row, i) for i, row in enumerate(dataset.select_columns(marks))] if marks else ()
-        every = range(len(dataset)) if unsafe else ()
-        carrying = [row.number for row in marked if _carries(row) == unsafe] if marks else every
+        if marks and unsafe is not None:
+            marked = [Row(row, i) for i, row in enumerate(dataset.select_columns(marks))]
+            carrying: Sequence[int] = [row.number for row in marked if _is_wanted(row, unsafe)]
+        else:
+            carrying = () if unsafe is False else range(len(dataset))
         chosen = _sample(carrying, num_samples, seed)
         rows = [Row(row, number) for number, row in zip(chosen, dataset.select(chosen), strict=True)]
     else:
         marked = [Row(row, number) for number, row in enumerate(dataset)]
-        marked = [row for row in marked if _carries(row) == unsafe]
+        marked = [row for row in marked if _is_wanted(row, unsafe)]
         rows = [marked[i] for i in _sample(range(len(marked)), num_samples, seed)]
+    if unsafe is None and not rows:
+        raise ValueError("A dataset of rows to protect is empty.")
     if unsafe and not rows:
         raise ValueError(
             f"The alignment dataset has no row to protect (column '{PROTECTED_COLUMN}' marks none, or it is empty)."
@@ -95,8 +99,11 @@ def select_rows(
     return rows
 
 
-def _carries(row: Row) -> bool:
-    return PROTECTED_COLUMN not in row or is_protected(row[PROTECTED_COLUMN], row_name(row))
+def _is_wanted(row: Row, unsafe: bool | None) -> bool:
+    """A row without a mark carries the statistics."""
+    if unsafe is None:
+        return True
+    return (PROTECTED_COLUMN not in row or is_protected(row[PROTECTED_COLUMN], row_name(row))) == unsafe
 
 
 def _sample(chosen: Sequence[int], num_samples: int | None, seed: int) -> Sequence[int]:

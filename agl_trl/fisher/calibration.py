@@ -14,7 +14,7 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
 from ..data.alignment import AlignmentRow, batches
-from ..modeling.forward import answer_logits, evaluating, input_device
+from ..modeling.forward import answer_logits, evaluating, input_device, recomputing
 from ..modeling.lora import layer_shape, linear_layers
 from ..objective.decomposition import Update, inner
 from .reference_answers import ReferenceAnswers
@@ -141,8 +141,16 @@ def _gradient(
     generator: torch.Generator,
 ) -> Direction:
     """Adam's first step from B = 0 on rows that have the answer of the next row: B moves by the sign of its gradient."""
+    longest = max(
+        len(row.input_ids) for row in rows
+    )  # which the model reads, and a long prompt with a long answer may exceed
     swapped = [
-        AlignmentRow(row.input_ids[: row.answer_start] + other.input_ids[other.answer_start :], row.answer_start)
+        AlignmentRow(
+            (row.input_ids[: row.answer_start] + other.input_ids[other.answer_start :])[
+                : max(longest, row.answer_start + 1)
+            ],
+            row.answer_start,
+        )
         for row, other in zip(rows, rows[1:] + rows[:1], strict=True)
     ]
     device = input_device(model)
@@ -161,7 +169,7 @@ def _gradient(
     gradients = [torch.zeros_like(B) for B in factors]
     # Row by row: what a backward pass keeps of eight rows may be more than the model.
     for batch in batches(swapped, 1, references.metadata["pad_token_id"], device):
-        with torch.enable_grad(), evaluating(model), _moved(layers, placed, 1.0):
+        with torch.enable_grad(), evaluating(model), recomputing(model), _moved(layers, placed, 1.0):
             logits, mask = answer_logits(model, batch)
             labels = batch.input_ids[0, 1:][batch.answer_mask[0, :-1]]
             log_probs = logits[0, mask[0]].float().log_softmax(-1)

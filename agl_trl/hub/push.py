@@ -20,7 +20,7 @@ from ..drift.report import DriftReport
 
 
 # Temporary files, and answers, which may say what nobody should read.
-NEVER_PUSHED = ("_*", "*/_*", ".cache/*", ".git/*", "abilities.jsonl", "answers.jsonl")
+NEVER_PUSHED = ("_*", "*/_*", ".cache/*", ".git/*", "abilities.jsonl", "answers.jsonl", "*unfinished-*.jsonl")
 REFERENCE = "ref"  # TRL's name for the frozen adapter that DPO trains against; PEFT saves it in a folder of this name
 ADAPTER_FILES = ("adapter_config.json", ADAPTER_FILE)
 CHECKPOINTS = ("checkpoint-*", "last-checkpoint/*")

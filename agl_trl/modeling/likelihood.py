@@ -88,7 +88,7 @@ def log_likelihoods(
                 log_probs = logits[line, mask[line].to(logits.device)].float().log_softmax(-1)
                 for index in groups[group]:
                     answer = torch.tensor(rows[index].input_ids[rows[index].answer_start :], device=logits.device)
-                    found[index] = log_probs.gather(1, answer[:, None]).double().sum().cpu()
+                    found[index] = log_probs.gather(1, answer[:, None]).cpu().double().sum()
             bar.update(len(batch.indices))
     return found
 

@@ -21,6 +21,7 @@ from transformers.pytorch_utils import Conv1D
 
 from ..objective.collision import FrozenWeights
 from ..objective.quadratic_form import LoraFactors
+from .names import named_modules
 from .sharding import put, whole
 from .trained_tensors import TrainedTensor, trained_tensors
 from .tuned_layers import tuned_linear_layers
@@ -137,7 +138,7 @@ def adapted_layers(model: PreTrainedModel | PeftModel) -> list[AdaptedLayer]:
             "use `bias='none'`."
         )
     layers, beside = [], trained_tensors(model, adapter)
-    for name, module in model.get_base_model().named_modules():
+    for name, module in named_modules(model.get_base_model()):
         if isinstance(module, LoraLayer) and adapter in _adapters(module):
             _check_supported(name, module, adapter)
             if isinstance(module, LoraEmbedding):
@@ -228,7 +229,7 @@ def linear_layers(model: PreTrainedModel | PeftModel, *, head: bool = False) -> 
     left_out = None if head else model.get_output_embeddings()
     return {
         name: module
-        for name, module in model.named_modules()
+        for name, module in named_modules(model)
         if isinstance(module, nn.Linear | Conv1D) and module is not left_out
     }
 

@@ -9,6 +9,7 @@ from peft.tuners.lora import Embedding as LoraEmbedding
 from peft.utils import AuxiliaryTrainingWrapper, ModulesToSaveWrapper, TrainableTokensWrapper
 from torch import Tensor, nn
 
+from .names import named_modules
 from .sharding import whole
 
 
@@ -83,7 +84,7 @@ class EmbeddingFactor(TrainedTensor):
         """`‖W′ − W₀‖ / ‖W‖` in the Frobenius norm, without forming a matrix of the vocabulary's size; 0 of A."""
         if self.A is None:
             return 0.0
-        B, A = (whole(factor.parameter()).double() for factor in (self, self.A))
+        B, A = (whole(factor.parameter()).cpu().double() for factor in (self, self.A))
         if self.reference is not None and self.A.reference is not None:
             B = torch.cat([B, -self.reference.to(B)], 1)
             A = torch.cat([A, self.A.reference.to(A)])
@@ -107,7 +108,7 @@ def trained_tensors(model: PeftModel, adapter: str) -> tuple[TrainedTensor, ...]
     no difference.
     """
     found: list[TrainedTensor] = []
-    for name, module in model.get_base_model().named_modules():
+    for name, module in named_modules(model.get_base_model()):
         if isinstance(module, LoraEmbedding) and adapter in module.lora_embedding_A and not module.lora_variant:
             found += _embedding_factors(name, module, adapter)
         if not isinstance(module, AuxiliaryTrainingWrapper):

@@ -10,6 +10,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
+from .names import named_modules
 from .trained_tensors import relative_change
 
 
@@ -41,7 +42,7 @@ class LayerChange(NamedTuple):
 
 def tuned_layers(model: PeftModel, adapter: str) -> Iterator[tuple[str, BaseTunerLayer]]:
     """Layers that an adapter changes, by name in the base model, without those that hold rows of `trainable_token_indices`."""
-    for name, module in model.get_base_model().named_modules():
+    for name, module in named_modules(model.get_base_model()):
         beside = name.rpartition(".")[2] == "token_adapter"  # a tensor that is trained beside the layers
         if isinstance(module, BaseTunerLayer) and not beside and adapter in module._get_available_adapters():
             yield name, module

@@ -148,7 +148,9 @@ def _coordinates(
     B, G = torch.stack([factor.B for factor in factors]).float(), group.kept.output
     r = B.shape[-1] // 2 if continued else B.shape[-1]
     M = side.gram.nan_to_num(0, 0, 0)
-    m, U = torch.linalg.eigh(M[:, :r, :r])
+    # On the CPU where the GPU is Apple's, which has no eigh.
+    M_r = M[:, :r, :r]
+    m, U = (t.to(M) for t in torch.linalg.eigh(M_r.cpu() if M.device.type == "mps" else M_r))
     moved, fixed, m = B[..., :r] @ U, -(B[..., r:] @ M[:, r:, :r]) @ U, m.clamp_min(0)[:, None]
     q = ((group.scaling / group.kept.weight_norm.float()) ** 2 / num_layers)[:, None, None]
     if G is None:

@@ -72,13 +72,13 @@ def check_rows(
         raise ValueError("`protect` compares next tokens, but this model predicts none: leave it out.")
     if not predicts and config.anchor_coef and config.kl_budget is None:
         raise ValueError("`anchor_coef` compares next tokens, but this model predicts none: set `anchor_coef=0`.")
-    given = [*protect.values()]
+    given: list[tuple[Rows, bool | None]] = [(dataset, None) for dataset in protect.values()]
     if rows is not None and (config.fisher_path is None or config.anchored):
-        given = [rows, *given]
-    for dataset in given:
+        given = [(rows, True), *given]
+    for dataset, unsafe in given:
         if tokenizer is None:
             raise ValueError("Alignment rows need a tokenizer: pass `processing_class=`, or set `fisher_path`.")
-        (row,) = select_rows(dataset, 1, args.seed)
+        (row,) = select_rows(dataset, 1, args.seed, unsafe=unsafe)
         if (warning := raw_text_warning(row, tokenizer)) is not None:
             logger.warning(warning)
         if not is_prompt_only(row):

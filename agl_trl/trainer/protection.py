@@ -11,6 +11,7 @@ from peft import PeftModel
 from torch import Tensor
 
 from ..fisher.reference_answers import ReferenceAnswers
+from ..modeling.forward import evaluating
 from ..modeling.lora import AdaptedLayer
 from ..modeling.sharding import put, whole
 from ..objective.kl import largest_scale, projection_step
@@ -81,8 +82,10 @@ class Protection:
         weight = self.config.anchor_coef or 0.0
         for behaviour in self.behaviours:
             suffix = "" if behaviour == self.behaviours[0] else f"_{behaviour}"
-            measured, first = self.anchor.kl(model, behaviour, step)
-            gradients = gradient_of(measured, parameters)
+            # The backward pass too: a layer that FSDP wraps for its activation checkpointing runs again there.
+            with evaluating(model):
+                measured, first = self.anchor.kl(model, behaviour, step)
+                gradients = gradient_of(measured, parameters)
             kl, norm = _of_main_process(measured.detach().float()), norm_of(gradients)
             sound = kl.isfinite() & norm.isfinite()  # else these rows are passed over: 0 · NaN would be NaN
             gradients = [torch.where(sound.to(gradient.device), gradient, 0) for gradient in gradients]

@@ -51,7 +51,7 @@ class ReferenceTaker:
     ):
         self.config, self.args, self.model, self.tokenizer = config, args, model, tokenizer
 
-    def answered(self, dataset: Rows, num_samples: int | None, *, unsafe: bool) -> list[Row]:
+    def answered(self, dataset: Rows, num_samples: int | None, *, unsafe: bool | None) -> list[Row]:
         """Rows of a dataset, those without an answer with the model's own; of other ones than unsafe there may be none."""
         rows = select_rows(dataset, num_samples, self.args.seed, unsafe=unsafe)
         if any(map(is_prompt_only, rows)):
@@ -101,7 +101,7 @@ class ReferenceTaker:
         if dataset is not None:
             kinds = with_look_alikes(refusals, self.answered(dataset, num_look_alikes(count), unsafe=False), count)
         for name, given in protect.items():
-            kinds[name] = self.answered(given, count, unsafe=True)
+            kinds[name] = self.answered(given, count, unsafe=None)  # the mark is for alignment rows
         return reference_answers(
             self.model,
             self.tokenizer,

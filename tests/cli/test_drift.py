@@ -162,6 +162,25 @@ def test_merged_checkpoint(demo_folder, tmp_path, monkeypatch, capsys):
     assert report.mean_relative_drift == pytest.approx(by_adapter.mean_relative_drift, rel=0.05), "rounded when merged"
 
 
+def test_answers_of_other_weights_in_the_same_folder_are_not_taken(demo_folder, tmp_path, monkeypatch, capsys):
+    """A measurement that was interrupted goes on only where the weights are those that answered."""
+    tuned, found = tmp_path / "tuned", []
+    load_tokenizer().save_pretrained(tuned)
+
+    def interrupted(measured, conditions, *, unfinished, **kwargs):
+        found.append((unfinished, len(unfinished.read_text().splitlines())))
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("agl_trl.cli.drift.write_drift", interrupted)
+    prompts = ("--prompts", "miniworld", "--limit", 4, "--fisher", demo_folder, "--output-dir", tmp_path / "out")
+    for model in (load_model(), load_model(), load_model("base")):
+        model.save_pretrained(tuned)
+        command(monkeypatch, capsys, "drift", "--base", "miniworld", "--tuned", tuned, *prompts)
+    (first, lines), again, other = found
+    assert again == (first, lines) and lines >= 4
+    assert other[0] != first and other[0].exists()
+
+
 def test_adapter_without_statistics_is_measured_on_driftcaps(demo_folder, tmp_path, monkeypatch, capsys):
     """Any adapter, trained by anyone: statistics from the base model's own answers, the same for the same base."""
     monkeypatch.setattr("agl_trl.cli.drift.driftcaps_requests", lambda: driftcaps_requests().select(range(20)))

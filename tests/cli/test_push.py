@@ -74,6 +74,20 @@ def test_checkpoints_go_up_where_asked_for_and_onto_the_branch(hub, online, demo
     assert len(hub.repo("alice/pushed").history()) == 2, "nothing on the main branch"
 
 
+def test_answers_of_an_interrupted_measurement_stay_here(hub, online, demo_folder, tmp_path):
+    """They may say what nobody should read; and an adapter in a checkpoint is not the one that the report is of."""
+    folder = tmp_path / "adapter"
+    shutil.copytree(demo_folder, folder, ignore=shutil.ignore_patterns("lora"))
+    (folder / "unfinished-0123456789ab.jsonl").write_text("{}")
+    assert push(folder, "alice/interrupted").exit_code == 0
+    assert not any("unfinished" in name for name in hub.repo("alice/interrupted").history()[0].files)
+    (folder / "checkpoint-1").mkdir()
+    (folder / "adapter_model.safetensors").rename(folder / "checkpoint-1" / "adapter_model.safetensors")
+    for options in ((), ("--checkpoints",)):
+        outcome = push(folder, "alice/none", *options)
+        assert outcome.exit_code != 0 and "There is no adapter in" in str(outcome.exception), outcome.output
+
+
 def test_what_is_missing_is_said(hub, online, demo_folder, tmp_path):
     empty, bare = tmp_path / "empty", tmp_path / "bare"
     empty.mkdir(), bare.mkdir()

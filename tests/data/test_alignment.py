@@ -90,10 +90,15 @@ def test_selection_takes_what_is_marked_and_a_seeded_sample_of_it():
     assert sample == select_rows(list(rows), 8, 1) != select_rows(rows, 8, 2)
     assert len(sample) == 8 and all(row in marked for row in sample)
     assert select_rows(rows.to_iterable_dataset(), 8, 1) == marked[:8], "of a stream the first"
+    for given in (rows, list(rows), rows.to_iterable_dataset()):  # of another behaviour, whatever the mark
+        assert [row["prompt"] for row in select_rows(given, None, 0, unsafe=None)] == [str(i) for i in range(60)]
+        assert len(select_rows(given, 8, 0, unsafe=None)) == 8
     assert random.getstate() == states[0] and np.random.get_state()[1].tolist() == states[1]
     assert torch.equal(torch.get_rng_state(), states[2]), "the global random state is left alone"
     with pytest.raises(ValueError, match="no row to protect"):
         select_rows(rows.filter(lambda row: not row["unsafe"]), None, 0)
+    with pytest.raises(ValueError, match="is empty"):
+        select_rows(rows.select([]), None, 0, unsafe=None)
     with pytest.raises(TypeError, match="has the splits train, test: pass one of them"):
         select_rows({"train": rows, "test": rows}, None, 0)
 

@@ -7,14 +7,14 @@ import torch
 from peft import LoraConfig, get_peft_model
 
 from agl_trl import estimate_fisher
-from agl_trl.data.alignment import select_rows, tokenize_rows
+from agl_trl.data.alignment import AlignmentRow, select_rows, tokenize_rows
 from agl_trl.fisher.calibration import DRIFTS, calibrate, drift_at, is_calibrated
 from agl_trl.fisher.protected_rows import COMPLY, REFUSE, reference_answers
 from agl_trl.fisher.reference_answers import ReferenceAnswers
 from agl_trl.fisher.statistics import FisherStatistics
 from agl_trl.miniworld import alignment_dataset, load_model, load_tokenizer
 from agl_trl.modeling.lora import base_weight, linear_layers
-from tests.helpers.models import ARCHITECTURES, tiny_model
+from tests.helpers.models import ARCHITECTURES, chat_rows, tiny_model
 from tests.helpers.reference import dense, quadratic_form
 
 
@@ -98,6 +98,16 @@ def test_a_backward_pass_keeps_what_is_of_one_row(measured):
         calibrate(model, copy.deepcopy(statistics), references, progress=False)
     assert [rows for gradient, rows in passes if gradient] == [1] * 8
     assert [rows for gradient, rows in passes if not gradient] == [8] * 3 * len(DRIFTS)
+
+
+def test_a_long_prompt_with_the_long_answer_of_another_row_is_read(tokenizer):
+    """Each row fits the 128 positions of the model, and the way of a task swaps their answers."""
+    model = tiny_model("gpt2")
+    rows = [AlignmentRow([5] * 101, 98), AlignmentRow([7] * 101, 4)]
+    references = ReferenceAnswers.measure(model, tokenizer, rows, [REFUSE] * 2, progress=False)
+    statistics = estimate_fisher(model, chat_rows(4, "tell me of", "No {}."), tokenizer, progress=False)
+    calibrate(model, statistics, references, progress=False)
+    assert is_calibrated(statistics) and torch.tensor(statistics.metadata["kl_curve"]["kl"]).isfinite().all()
 
 
 def test_model_and_random_state_are_left_as_they_were(measured):

@@ -1,18 +1,20 @@
 """What holds the KL of protected rows: while a run trains, at its end, and in what it saves and resumes."""
 
+import copy
 import logging
 
 import pytest
 import torch
 from peft import PeftModel, get_peft_model
 from safetensors.torch import load_file
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 from transformers import TrainerCallback
 
 from agl_trl import AGLSFTConfig, AGLSFTTrainer, AlignGuardConfig, DriftReport, FisherStatistics
 from agl_trl.artifacts.files import sha256
 from agl_trl.data.alignment import tokenize_rows
 from agl_trl.fisher.reference_answers import ReferenceAnswers
-from agl_trl.modeling.lora import adapted_layers, at_reference
+from agl_trl.modeling.lora import adapted_layers, at_reference, linear_layers
 from agl_trl.trainer.anchor import Anchor
 from agl_trl.trainer.gradients import add_capped, norm_of
 from agl_trl.trainer.protection import AIM, Protection, scaling
@@ -94,6 +96,27 @@ def test_projection_brings_the_kl_of_its_rows_to_the_aim(tokenizer):
     assert all(torch.equal(value, before[name]) for name, value in adapter_of_model(model).items())
     skipping = Protection(AlignGuardConfig(kl_budget=0.001 * kl, anchor_every=2), references, layers, 0)
     assert skipping.protect(model, 1) == {}
+
+
+def test_layers_that_fsdp_wraps_for_its_checkpointing_are_the_same_layers(tokenizer):
+    """By name, when training begins, and by gradient: they run again in the backward pass, as in the forward pass without dropout."""
+    plain, references = moved_model(tokenizer, 0.02)
+    for module in plain.modules():
+        if isinstance(module, torch.nn.Dropout):
+            module.p = 0.5
+    wrapped = copy.deepcopy(plain)
+    named = [layer.name for layer in adapted_layers(wrapped)], [*linear_layers(wrapped)]
+    layers = wrapped.get_base_model().model.layers
+    for number, layer in enumerate(layers):
+        layers[number] = checkpoint_wrapper(layer, preserve_rng_state=False)
+    assert ([layer.name for layer in adapted_layers(wrapped)], [*linear_layers(wrapped)]) == named
+    for model in (plain, wrapped):
+        model.train()
+        protection = Protection(AlignGuardConfig(kl_budget=1e-4, anchor_every=1), references, adapted_layers(model), 0)
+        assert protection.protect(model, 0)["kl_step"] > 0
+    pairs = zip(adapter_of_model(plain).values(), adapter_of_model(wrapped).values(), strict=True)
+    assert all(torch.equal(ours, others) for ours, others in pairs)
+    assert all(module.training for module in wrapped.modules())
 
 
 def adapter_of_model(model) -> dict[str, torch.Tensor]:

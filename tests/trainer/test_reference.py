@@ -30,7 +30,8 @@ def ended(folder, tokenizer, train_rows, alignment_rows, **options):
 
 def test_behaviours_have_budgets_and_log_lines_of_their_own(tmp_path, tokenizer, opposite_rows, alignment_rows):
     """General text counts as a whole; a chat without answers is answered by the model itself."""
-    text = [{"text": f"It was a dark and stormy night number {i}, and the rain fell."} for i in range(5)]
+    night = "It was a dark and stormy night number {}, and the rain fell."
+    text = [{"text": night.format(i), "unsafe": i == 1} for i in range(5)]  # a mark is for alignment rows
     prompts = [{"prompt": row["prompt"]} for row in chat_rows(3, "tell me", "")]
     trainer = ended(
         tmp_path,
