@@ -207,11 +207,12 @@ METHODS = {
     "star-dss-judged-5": Method(star_dss(5.0, judged=True), "STAR-DSS, judged", GUARD),
     "star-dss-judged-20": Method(star_dss(20.0, judged=True), "STAR-DSS, judged", GUARD),
 }
-# On every protocol; all others, strengths and ablations, on SWEPT, with the first seed.
+# On every protocol, of a peer the strength that dominates most on SWEPT with the first seed; all others, strengths and ablations, on SWEPT
+# with the first seed.
 CORE = ("lora", "agl", "agl-own", "agl-statistics", "budget-3e-3", "ewc-1e4", "replay", "replay-own", "kl")
 CORE += ("safe-lora", "salora", "splora", "lox", "asft", "spf", "ogpsa", "lookahead-real")
-CORE += ("safegrad-1", "ssah-0.3", "kl-sft-1", "dft-kl-0.1", "oft", "osf-0.5", "guardspace-0.95")
-CORE += ("similarity", "sot", "lapt", "star-dss-1", "star-dss-judged-1", "lora+scans", "lora+alphasteer")
+CORE += ("safegrad-1", "ssah-0.5", "kl-sft-0.3", "dft-kl-0.1", "oft", "osf-0.5", "guardspace-0.8")
+CORE += ("similarity-0.05", "sot", "lapt-0.03", "star-dss-1", "star-dss-judged-1", "lora+scans", "lora+alphasteer")
 SWEPT = ("steps", "hostile-10")
 SEEDED = (*TASKS, "hostile-1", "hostile-10", "identity", "attack")  # with every seed; the others with the first
 QUICK = ("lora", "agl", "budget-3e-3", "replay")
