@@ -56,6 +56,7 @@ METHODS: dict[str, dict[str, Any]] = {
     "plain-lr3": dict(lr=3.0),
     "agl": dict(agl={}),
     "agl-radius4": dict(agl=dict(trust_radius=4.0)),
+    "agl-rows-16": dict(agl=dict(anchor_batch_size=16)),
     "agl-no-region": dict(agl=dict(trust_radius=None)),
     "agl-no-anchor": dict(agl=dict(kl_budget=0.02, anchor_coef=0.0)),
     "agl-terms": dict(agl=dict(task_coef=0.5, collision_coef=0.1, collision_rows=32)),  # the paper's others, on top
