@@ -91,7 +91,7 @@ def select_rows(
         marked = [row for row in marked if _is_wanted(row, unsafe)]
         rows = [marked[i] for i in _sample(range(len(marked)), num_samples, seed)]
     if unsafe is None and not rows:
-        raise ValueError("A dataset of rows to protect is empty.")
+        raise ValueError("A dataset has no row to protect: it is empty.")
     if unsafe and not rows:
         raise ValueError(
             f"The alignment dataset has no row to protect (column '{PROTECTED_COLUMN}' marks none, or it is empty)."
