@@ -8,6 +8,7 @@ import pytest
 
 from agl_trl import DriftReport
 from agl_trl.evaluation import engine
+from agl_trl.evaluation.served import AT_ONCE
 from agl_trl.hub.card_text import render_evidence
 from tests.helpers.chat_server import COMPLIANCE, REFUSAL, chat_server
 from tests.helpers.commands import command
@@ -95,7 +96,7 @@ def test_interrupted_run_goes_on(server, prompts, tmp_path, monkeypatch, capsys)
     asked = len(server.calls)
     (unfinished,) = (tmp_path / "out").glob("unfinished-*.jsonl")
     kept = len(unfinished.read_text().splitlines())
-    assert 80 < kept <= 91
+    assert abs(kept - 90) < AT_ONCE, "but for what was on its way"
     code, _, err = drift(monkeypatch, capsys, server, prompts, tmp_path / "out")
     assert code == 0 and len(server.calls) - asked == 128 - kept and not unfinished.exists(), err
     whole = (tmp_path / "out" / "agl" / "drift.safetensors").read_bytes()
