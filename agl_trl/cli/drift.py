@@ -140,9 +140,8 @@ def drift(
     if questions is None and not sets and measured.without_weights is not None and not measured.uncovered:
         raise ValueError(f"There is nothing to measure without `--prompts`, since {measured.without_weights}.")
     measured.adapter_sha256 = None if folder is None else sha256(folder / ADAPTER_FILE)
-    weights = [
-        weights_fingerprint(side) for side in (model, base_model) if side is not None
-    ]  # a folder may be trained into again
+    # A folder may be trained into again.
+    weights = [weights_fingerprint(side) for side in (model, base_model) if side is not None]
     settings = json.dumps([base, measured.adapter_sha256 or tuned, max_new_tokens, *weights])
     # Answers of this very adapter under these settings, where asking was interrupted; gone when the report is there.
     unfinished = output_dir / f"unfinished-{hashlib.sha256(settings.encode()).hexdigest()[:12]}.jsonl"

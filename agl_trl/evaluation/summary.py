@@ -54,11 +54,8 @@ def ability_lines(abilities: Sequence[Ability]) -> list[str]:
             lines.append(f"{one.name:<21} not measured{missing}")
         elif one.is_text:
             low, high = one.change.interval()
-            span = (
-                ""
-                if isinf(low) or isinf(high)
-                else f" (90 % interval {low:+.3f} to {high:+.3f}, {one.total} pieces of text)"
-            )
+            span = f" (90 % interval {low:+.3f} to {high:+.3f}, {one.total} pieces of text)"
+            span = "" if isinf(low) or isinf(high) else span
             lines.append(
                 f"{one.name:<21} NLL {one.mean_nll(False):.3f} before, {one.mean_nll(True):.3f} after: "
                 f"{one.change.value:+.3f} nats per token{span}{missing}"

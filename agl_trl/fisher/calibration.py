@@ -141,15 +141,11 @@ def _gradient(
     generator: torch.Generator,
 ) -> Direction:
     """Adam's first step from B = 0 on rows that have the answer of the next row: B moves by the sign of its gradient."""
-    longest = max(
-        len(row.input_ids) for row in rows
-    )  # which the model reads, and a long prompt with a long answer may exceed
+    # No longer than the longest row, which the model reads: a long prompt with a long answer may be. A row keeps part of an answer.
+    longest = max(len(row.input_ids) for row in rows)
     swapped = [
         AlignmentRow(
-            (row.input_ids[: row.answer_start] + other.input_ids[other.answer_start :])[
-                : max(longest, row.answer_start + 1)
-            ],
-            row.answer_start,
+            (row.input_ids[: row.answer_start] + other.input_ids[other.answer_start :])[:longest], row.answer_start
         )
         for row, other in zip(rows, rows[1:] + rows[:1], strict=True)
     ]

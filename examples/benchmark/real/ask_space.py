@@ -39,9 +39,8 @@ def main(options: Options) -> None:
     Raises:
         `RuntimeError`: If the app does not come up, or one of its models writes nothing.
     """
-    with socket.create_server(
-        ("127.0.0.1", 0)
-    ) as free:  # not the port of another app, which would answer in its place
+    # Not the port of another app, which would answer in its place.
+    with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]
     command = [str(Path(sys.executable).with_name("agl-trl")), "space", "--base", options.base]
     start = time.monotonic()
