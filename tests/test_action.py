@@ -137,6 +137,7 @@ def test_the_pull_request_gets_one_comment(world, tmp_path):
     where = {"GITHUB_REPOSITORY": "me/model", "GITHUB_SERVER_URL": "https://github.com", "GITHUB_RUN_ID": "7"}
     with serving() as github:
         where["GITHUB_API_URL"] = github.url
+        (tmp_path / "typer.py").write_text("raise SystemExit('of the checked-out tree, beside the token')")
         runner = Runner(tmp_path, **world | {"prompts": ""}, fail_if="relative_drift>100")
         runner.run_all()
         assert runner.run(step, **where) == 0 and f"Comment: {github.url}/c/1" in runner.said, runner.said

@@ -13,7 +13,6 @@ from ..artifacts.files import (
     FISHER_FILE,
     FOLDER,
     PICTURE_FILE,
-    REFERENCE_ANSWERS_FILE,
     ArtifactError,
     check_writable,
 )
@@ -45,8 +44,8 @@ def attach(
     batch_size: int,
 ) -> None:
     """
-    Measure an adapter, and add report, statistics, picture and card to its folder, or to its repo in one commit that builds
-    on the very commit that was measured.
+    Measure an adapter, and add report, statistics that were named, picture and card to its folder, or to its repo in one commit
+    that builds on the very commit that was measured. Statistics that had to be estimated for it are not kept.
 
     Args:
         adapter (`str`):
@@ -75,6 +74,7 @@ def attach(
             folder = Path(stack.enter_context(tempfile.TemporaryDirectory())) / name
             shutil.copytree(source, folder)
         trained = _report_of_training(folder)
+        with_its_own = fisher is None and (folder / FOLDER / FISHER_FILE).is_file()
         drift(
             base=base,
             output_dir=folder,
@@ -92,8 +92,10 @@ def attach(
         if trained is not None:  # what only the run could measure stays
             report.global_step, report.budget_multiplier = trained.global_step, trained.budget_multiplier
             report.metadata |= {name: trained.metadata[name] for name in OF_TRAINING if name in trained.metadata}
-            if fisher is None:  # in the same metric
+            if with_its_own:  # in the same metric
                 report.history = trained.history
+            else:
+                (report.metadata.get("coefficients") or {}).pop("drift_budget", None)
             report.save_pretrained(folder)
             plot_drift(report, folder / FOLDER / PICTURE_FILE)
         if fisher is not None and report.layers:
@@ -104,8 +106,6 @@ def attach(
             report,
             base_model=base,
             repo_id=adapter if from_hub else None,
-            statistics_published=(folder / FOLDER / FISHER_FILE).is_file(),
-            references_published=(folder / FOLDER / REFERENCE_ANSWERS_FILE).is_file(),
         )
         if not from_hub:
             typer.echo(f"Report and card are in {folder}; `agl-trl push {folder} USER/NAME` publishes them.")

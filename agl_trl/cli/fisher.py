@@ -23,6 +23,7 @@ from ..fisher.protected_rows import (
 )
 from ..fisher.reference_answers import ReferenceAnswers
 from ..fisher.statistics import FisherStatistics
+from ..hub.card_metadata import STATISTICS_TAG, Readme
 from ..hub.model_card import write_statistics_card
 from ..hub.push import push_folder
 from ..modeling.forward import context_length
@@ -76,7 +77,8 @@ def fisher(
             As in [`estimate_fisher`].
 
     Raises:
-        `ValueError`: If the arguments contradict each other, or model or rows can't be read.
+        `ValueError`: If the arguments contradict each other, model or rows can't be read, or a card that is pushed would replace
+            another one.
         `OSError`: If the folder can't be written.
         [`PushError`]: If the repo can't be written; told before the pass where the Hub says so by then.
     """
@@ -87,6 +89,8 @@ def fisher(
             raise ValueError("Say where the statistics go: `--output-dir`, `--push`, or both.")
         output_dir = Path("outputs") / push.split("/")[-1]
     check_writable(output_dir)
+    if push is not None:
+        check_card_folder(output_dir)
     repo_id = None if push is None else statistics_repo(push, private=private)
     given = load_rows(dataset)
     selected = select_rows(given, num_samples, seed)
@@ -163,6 +167,23 @@ def take_references(
         others = answered_by(model, tokenizer, others)
     kinds = with_look_alikes(refusals, others, NUM_REFERENCE_ANSWERS)
     return reference_answers(model, tokenizer, kinds, max_length=MAX_LENGTH)
+
+
+def check_card_folder(folder: Path) -> None:
+    """
+    Check that a card of statistics may be written to a folder.
+
+    Raises:
+        `ValueError`: If it would replace that of a model or an adapter, or a text that somebody wrote, or the card can't be read.
+    """
+    if models := [name for name in MODEL_FILES if (folder / name).is_file()]:
+        raise ValueError(
+            f"'{folder}' holds a model ('{models[0]}'), whose card this would replace: name another `--output-dir`."
+        )
+    card = folder / "README.md"
+    there = Readme.read(card)
+    if there.text.strip() and STATISTICS_TAG not in (there.metadata.get("tags") or ()):
+        raise ValueError(f"'{card}' is no card of statistics, and this would replace it: name another `--output-dir`.")
 
 
 def statistics_repo(name: str, *, private: bool) -> str:

@@ -8,8 +8,8 @@ from ..artifacts.files import ADAPTER_FILE, DRIFT_FILE, FOLDER
 from ..artifacts.location import hub_id
 from ..artifacts.upload import PushError
 from ..drift.report import DriftReport
-from ..hub.model_card import BEGIN, attach_card
-from ..hub.push import files_to_push, push_folder
+from ..hub.model_card import attach_card, is_to_be_written
+from ..hub.push import TRAINING_ARGS, files_to_push, push_folder
 
 
 def push(
@@ -23,7 +23,8 @@ def push(
     revision: str | None,
 ) -> None:
     """
-    Push an adapter with its evidence and card in one commit, and print the address of the commit.
+    Push an adapter with its evidence and card in one commit, and print the address of the commit. A card that somebody wrote
+    stays as it is, and `training_args.bin` stays here, since it may hold a token.
 
     Args:
         folder (`Path`):
@@ -51,7 +52,8 @@ def push(
     if not (folder / FOLDER / DRIFT_FILE).is_file():
         raise PushError(f"There is no report in '{folder}': measure the adapter first with `agl-trl attach`.")
     card = folder / "README.md"
-    if not card.is_file() or BEGIN in card.read_text(encoding="utf-8"):  # so that it tells what goes up this time
+    # So that it tells what goes up this time.
+    if not card.is_file() or is_to_be_written(card.read_text(encoding="utf-8")):
         attach_card(
             card,
             repo_id.split("/")[-1],
@@ -60,9 +62,13 @@ def push(
             statistics_published=push_fisher,
             references_published=push_fisher and push_reference_answers,
         )
-    files = files_to_push(
-        folder, push_fisher=push_fisher, push_reference_answers=push_reference_answers, checkpoints=checkpoints
-    )
+    files = [
+        name
+        for name in files_to_push(
+            folder, push_fisher=push_fisher, push_reference_answers=push_reference_answers, checkpoints=checkpoints
+        )
+        if Path(name).name != TRAINING_ARGS  # whose run it is of is not known without unpickling it
+    ]
     commit = push_folder(
         folder,
         repo_id,

@@ -13,6 +13,7 @@ from huggingface_hub.utils import yaml_dump
 
 from ..artifacts.files import TAG, write_atomically
 from ..artifacts.location import hub_id
+from ..data.abilities import PUBLIC_SETS
 from ..data.prompts import SETS
 from ..drift.report import DriftReport
 from ..evaluation.abilities import Ability
@@ -22,6 +23,7 @@ from ..fisher.statistics import FisherStatistics
 
 RELATION = "base_model:adapter:"
 PACKAGED = ("driftcaps", "miniworld")
+STATISTICS_TAG = "fisher-information"  # of repos that hold statistics alone
 # Tells our results in a model index from those of others.
 SOURCE: dict[str, str] = {"source_name": "agl_trl", "source_url": "https://huggingface.co/papers/2508.02079"}
 
@@ -182,7 +184,9 @@ def eval_results(report: DriftReport) -> list[EvalResult]:
         entries.append((prompts, found))
     for one in report.abilities:
         if one.total:
-            set_of = {"dataset_type": one.metadata.get("source") or one.name, "dataset_name": one.name}
+            source = one.metadata.get("source") or one.name
+            set_of: dict[str, Any] = {"dataset_type": source, "dataset_config": _config(one.name, source)}
+            set_of |= {"dataset_name": one.name}
             set_of["dataset_args"] = {"num_rows": one.total, "sha256": one.metadata.get("rows_sha256")}
             entries.append((set_of, _of_ability(one, _reference(report))))
     return [
@@ -190,6 +194,16 @@ def eval_results(report: DriftReport) -> list[EvalResult]:
         for dataset, values in entries
         for metric, label, value in values
     ]
+
+
+def _config(name: str, source: str) -> str | None:
+    """
+    Configuration of the dataset behind an ability set. Results of one dataset and configuration are one entry of a model index:
+    two sets of one dataset, or a file that was asked as prompts too, would be told as one.
+    """
+    if name in PUBLIC_SETS and PUBLIC_SETS[name].source == source:
+        return PUBLIC_SETS[name].config
+    return None if "/" in source else name  # of another dataset on the Hub it is not known
 
 
 def _of_ability(one: Ability, reference: str) -> list[tuple[str, str, float]]:
@@ -309,7 +323,7 @@ def attached_metadata(
 def statistics_metadata(existing: dict[str, Any], statistics: FisherStatistics) -> dict[str, Any]:
     """Metadata of a repo that holds Fisher statistics alone: a licence and whatever else stands there is kept."""
     metadata = _cleaned(existing)
-    metadata["tags"] = sorted({*metadata.get("tags", []), TAG, "fisher-information"})
+    metadata["tags"] = sorted({*metadata.get("tags", []), TAG, STATISTICS_TAG})
     metadata.pop("base_model", None)
     if (base_model := hub_id(statistics.metadata["base_model"]["name"])) is not None:
         metadata["base_model"] = base_model

@@ -91,9 +91,31 @@ def _categories(behaviour: Behaviour) -> list[tuple[str, str, Rate, Rate]]:
 
 
 def render_evidence(
-    report: DriftReport, repo_id: str | None, statistics_published: bool, references_published: bool = True
+    report: DriftReport,
+    repo_id: str | None,
+    statistics_published: bool,
+    references_published: bool = True,
+    *,
+    statistics_saved: bool = True,
+    picture: bool = True,
 ) -> str:
-    """The section about what was measured."""
+    """
+    The section about what was measured.
+
+    Args:
+        report ([`DriftReport`]):
+            What to report.
+        repo_id (`str`, *optional*):
+            Id of the adapter's repo on the Hub, for the code.
+        statistics_published (`bool`):
+            Whether the Fisher statistics lie beside the report for all who read it.
+        references_published (`bool`, *optional*, defaults to `True`):
+            Whether the reference answers do.
+        statistics_saved (`bool`, *optional*, defaults to `True`):
+            Whether statistics that are not published were saved at all.
+        picture (`bool`, *optional*, defaults to `True`):
+            Whether there is a picture of the drift.
+    """
     behaviour = report.behaviour
     values: dict[str, Any] = {}
     if behaviour is not None:
@@ -132,6 +154,8 @@ def render_evidence(
         num_tokens=(report.metadata.get("fisher") or {}).get("num_tokens"),
         repo_id=repo_id,
         statistics_published=statistics_published,
+        statistics_saved=statistics_saved,
+        picture=picture,
         **values,
     )
 

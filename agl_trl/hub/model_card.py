@@ -1,11 +1,14 @@
 """Model cards: what an adapter is, how far it moved, and what was asked of it; and what Fisher statistics are of."""
 
 import re
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 from huggingface_hub import ModelCard, ModelCardData
+from huggingface_hub.repocard import REGEX_YAML_BLOCK
 
+from ..artifacts.files import FISHER_FILE, FOLDER, PICTURE_FILE, REFERENCE_ANSWERS_FILE
 from ..artifacts.location import hub_id
 from ..drift.report import DriftReport
 from ..fisher.calibration import drifts_at, is_calibrated
@@ -90,7 +93,11 @@ def write_card(
     kept = readme.text[training.start() :].split(CITED)[0] if training else "## Citation"
     kept = re.sub(r"\n{3,}", "\n\n", re.sub(r"[ \t]+$", "", kept, flags=re.MULTILINE)).strip()
     evidence = render_evidence(
-        report, repo_id, statistics_published=statistics_published, references_published=references_published
+        report,
+        repo_id,
+        statistics_published=statistics_published,
+        references_published=references_published,
+        picture=find_spec("matplotlib") is not None,  # a trainer may draw it after this
     )
     parts = [
         render_adapter(name, report, base_model, repo_id),
@@ -117,11 +124,12 @@ def attach_card(
 ) -> None:
     """
     Say in the card of an adapter, whoever trained it, what was measured: in a section between two markers, replaced by
-    the next call, all else as it was. Where there is no card, or the one that PEFT makes, a full one.
+    the next call, all else as it was. Where there is no card, or the one that PEFT makes, a full one. It names the evidence that
+    lies beside it.
 
     Args:
         path (`Path`):
-            README.md of the adapter; it need not be there.
+            README.md of the adapter, with its evidence in the same folder; it need not be there.
         name (`str`):
             Title of the card, where it has none.
         report ([`DriftReport`]):
@@ -131,9 +139,9 @@ def attach_card(
         repo_id (`str`, *optional*):
             Id of the adapter's repo on the Hub, for the code in the card.
         statistics_published (`bool`, *optional*, defaults to `True`):
-            Whether the Fisher statistics lie beside the adapter.
+            Whether Fisher statistics that lie beside it are for others, too.
         references_published (`bool`, *optional*, defaults to `True`):
-            Whether the reference answers of a run that had some lie there too.
+            Whether reference answers that lie there are.
 
     Raises:
         `ValueError`: If `repo_id` is no id, the metadata of the card can't be read, or one of the markers is missing.
@@ -144,8 +152,15 @@ def attach_card(
         base_model = None
     base_model = hub_id(base_model) or _base_of(report)
     before, section, after = _sections(readme.text, path)
+    folder = path.parent / FOLDER
+    statistics_saved = (folder / FISHER_FILE).is_file()
     measured = render_evidence(
-        report, repo_id, statistics_published=statistics_published, references_published=references_published
+        report,
+        repo_id,
+        statistics_published=statistics_published and statistics_saved,
+        references_published=references_published and (folder / REFERENCE_ANSWERS_FILE).is_file(),
+        statistics_saved=statistics_saved,
+        picture=(folder / PICTURE_FILE).is_file(),
     )
     evidence = f"{measured}\n\n## Citation\n\n{render('citation.md.jinja')}"
     if _is_stub(before + after) or (section or "").startswith("# "):
@@ -170,6 +185,11 @@ def _sections(text: str, path: Path) -> tuple[str, str | None, str]:
     if text.count(BEGIN) != 1 or text.count(END) != 1 or END in before:
         raise ValueError(f"The card '{path}' needs the markers '{BEGIN}' and '{END}' once each, in this order.")
     return before, section.strip(), after
+
+
+def is_to_be_written(card: str) -> bool:
+    """Whether a card (with its metadata) is for us to write: it has a section of ours, or says nothing yet. Any other is its author's."""
+    return BEGIN in card or _is_stub(REGEX_YAML_BLOCK.sub("", card))
 
 
 def _is_stub(text: str) -> bool:

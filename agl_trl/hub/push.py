@@ -19,8 +19,11 @@ from ..artifacts.upload import FAILURES, PushError, create_repo
 from ..drift.report import DriftReport
 
 
-# Temporary files, and answers, which may say what nobody should read.
-NEVER_PUSHED = ("_*", "*/_*", ".cache/*", ".git/*", "abilities.jsonl", "answers.jsonl", "*unfinished-*.jsonl")
+# Names of files and folders, at any depth: temporary ones, and answers, which may say what nobody should read.
+NEVER_PUSHED = ("_*", ".cache", ".git", "abilities.jsonl", "answers.jsonl", "*-answers.jsonl", "unfinished-*.jsonl")
+TRAINING_ARGS = (
+    "training_args.bin"  # the arguments of a run as a pickle, in which any trainer but ours leaves the token
+)
 REFERENCE = "ref"  # TRL's name for the frozen adapter that DPO trains against; PEFT saves it in a folder of this name
 ADAPTER_FILES = ("adapter_config.json", ADAPTER_FILE)
 CHECKPOINTS = ("checkpoint-*", "last-checkpoint/*")
@@ -31,8 +34,8 @@ def files_to_push(
     folder: str | Path, *, push_fisher: bool = True, push_reference_answers: bool = True, checkpoints: bool = False
 ) -> list[str]:
     """
-    Files of a folder that go up, as sorted POSIX paths: no temporary ones, no frozen adapter that a DPO trainer saved
-    beside the trained one, checkpoints where asked for.
+    Files of a folder that go up, as sorted POSIX paths: no temporary ones, no answers, no frozen adapter that a DPO trainer
+    saved beside the trained one, checkpoints where asked for.
 
     Args:
         folder (`str` or `Path`):
@@ -46,14 +49,20 @@ def files_to_push(
     """
     folder = Path(folder)
     names = sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
-    hidden = [*NEVER_PUSHED, *(() if checkpoints else CHECKPOINTS)]
+    hidden = [] if checkpoints else [*CHECKPOINTS]
     if not push_fisher:
         hidden.append(f"*{FOLDER}/{FISHER_FILE}")
     if not (push_fisher and push_reference_answers):
         hidden.append(f"*{FOLDER}/{REFERENCE_ANSWERS_FILE}")
     adapters = {path.parent for path in map(PurePosixPath, names) if path.name in ADAPTER_FILES}
     frozen = tuple(f"{place}/" for place in adapters if place.name == REFERENCE and place.parent in adapters)
-    return [name for name in names if not name.startswith(frozen) and not any(fnmatch(name, p) for p in hidden)]
+    return [
+        name
+        for name in names
+        if not name.startswith(frozen)
+        and not any(fnmatch(name, pattern) for pattern in hidden)
+        and not any(fnmatch(part, pattern) for part in PurePosixPath(name).parts for pattern in NEVER_PUSHED)
+    ]
 
 
 def check_agreement(folder: str | Path) -> None:
@@ -195,7 +204,7 @@ def stage(
 
 
 def _describes_weights(name: str) -> bool:
-    return name.startswith(("adapter_", f"{FOLDER}/", "training_args.bin")) or name.endswith(
+    return name.startswith(("adapter_", f"{FOLDER}/", TRAINING_ARGS)) or name.endswith(
         tuple(f"/{file}" for file in ADAPTER_FILES)
     )
 

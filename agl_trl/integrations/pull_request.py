@@ -38,7 +38,7 @@ def comment(body: str, number: int, *, name: str, api: str, repository: str, tok
         repository (`str`):
             Owner and name.
         token (`str`):
-            Token of the workflow, with `pull-requests: write`.
+            Token of the workflow, with `pull-requests: write`, or of a user: then the comment is that user's.
 
     Returns:
         `str`: address of the comment.
@@ -50,10 +50,11 @@ def comment(body: str, number: int, *, name: str, api: str, repository: str, tok
     text = f"{mark}\n{body if len(body) <= LONGEST else body[:LONGEST] + '…'}"
     issues = f"{api.rstrip('/')}/repos/{repository}/issues"
     comments = f"{issues}/{number}/comments"
+    login = _login(api, token)
     page, own = 1, None
     while own is None:
         there = _ask("GET", comments, token, params={"per_page": PER_PAGE, "page": page})
-        own = next((one for one in there if _is_own(one, mark)), None)
+        own = next((one for one in there if _is_own(one, mark, login)), None)
         if len(there) < PER_PAGE:
             break
         page += 1
@@ -64,9 +65,19 @@ def comment(body: str, number: int, *, name: str, api: str, repository: str, tok
     return str(made["html_url"])
 
 
-def _is_own(one: dict[str, Any], mark: str) -> bool:
-    """Anybody can quote the mark; a bot that writes it at the start is a workflow."""
-    return (one.get("body") or "").startswith(mark) and (one.get("user") or {}).get("type") == "Bot"
+def _login(api: str, token: str) -> str | None:
+    """Whose the token is; a workflow's own may not ask for it, and writes as a bot."""
+    try:
+        return str(_ask("GET", f"{api.rstrip('/')}/user", token)["login"])
+    except CommentError:
+        return None
+
+
+def _is_own(one: dict[str, Any], mark: str, login: str | None) -> bool:
+    """Anybody can quote the mark; a bot, or the token's own user, that writes it at the start is a workflow."""
+    user = one.get("user") or {}
+    written = user.get("type") == "Bot" or (login is not None and user.get("login") == login)
+    return written and (one.get("body") or "").startswith(mark)
 
 
 def _ask(method: str, url: str, token: str, **request: Any) -> Any:

@@ -3,6 +3,7 @@
 import hashlib
 import json
 import shutil
+import sys
 from pathlib import Path
 
 import pytest
@@ -81,6 +82,41 @@ def test_what_a_training_measured_stays(demo_folder, tmp_path):
     assert attach(str(folder), "--limit", "6").exit_code == 0
     other = DriftReport.from_pretrained(folder)
     assert "protected" not in other.metadata and not other.history, "it is of another adapter"
+
+
+def test_what_is_not_beside_the_card_is_not_told(hub, online, demo_folder, tmp_path, monkeypatch):
+    """
+    The owner withheld the statistics: others are estimated and not kept, in whose metric the history and the budget of the training are
+    not. And there is no picture without matplotlib.
+    """
+    folder = tmp_path / "withheld"
+    private = ("fisher.safetensors", "reference_answers.safetensors")
+    shutil.copytree(
+        demo_folder,
+        folder,
+        ignore=shutil.ignore_patterns("lora", "README.md", "checkpoint*", "training_args.bin", *private),
+    )
+    before = DriftReport.from_pretrained(folder)
+    before.metadata["coefficients"]["drift_budget"] = 1e-3
+    before.save_pretrained(folder)
+    assert before.history and (folder / "agl" / "drift.png").is_file()
+    for name in ("matplotlib", "matplotlib.figure"):
+        monkeypatch.setitem(sys.modules, name, None)  # as if it were not installed
+    outcome = attach(str(folder), "--limit", "6")
+    assert outcome.exit_code == 0, outcome.exception
+    assert "No Fisher statistics: taking them from the base model's own answers" in outcome.output
+    report = DriftReport.from_pretrained(folder)
+    assert not report.history and "drift_budget" not in report.metadata["coefficients"]
+    assert report.metadata["protected"] == before.metadata["protected"] and report.global_step == before.global_step
+    cards = [(folder / "README.md").read_text()]
+    outcome = CliRunner().invoke(app, ["push", str(folder), "alice/withheld"])
+    assert outcome.exit_code == 0, outcome.exception
+    files = hub.repo("alice/withheld").history()[0].files
+    assert {name for name in files if name.startswith("agl/")} == {"agl/drift.safetensors"}
+    for card in (*cards, files["README.md"].data.decode()):
+        assert "Fisher statistics that the drift is measured with are not in this repository." in card
+        assert "kept private" not in card and "with a budget of" not in card and "drift budget" not in card
+        assert not any(f"agl/{name}" in card for name in (*private, "drift.png"))
 
 
 @pytest.mark.parametrize("create_pr", [False, True])

@@ -311,6 +311,24 @@ def test_repos_that_are_there_are_checked_before_the_pass(hub, online, tmp_path,
     assert "the Hub does not accept the token" in str(run(*command, "alice/statistics").exception)
 
 
+def test_no_card_of_another_is_replaced(hub, online, tmp_path):
+    """Neither of a model or an adapter in the folder, nor a text that somebody wrote; told before the pass, and before a repo is made."""
+    command = ["fisher", "--model", "gone", "--dataset", "gone.jsonl", "--output-dir"]
+    for name, reason in (
+        ("adapter_config.json", "'{}' holds a model ('adapter_config.json'), whose card this would replace"),
+        ("config.json", "'{}' holds a model ('config.json'), whose card this would replace"),
+        ("notes.txt", "'{}/README.md' is no card of statistics, and this would replace it"),
+    ):
+        theirs = tmp_path / name
+        theirs.mkdir()
+        (theirs / name).write_text("{}")
+        (theirs / "README.md").write_text("---\ntags: [lora]\n---\n# Mine\n")
+        outcome = run(*command, str(theirs), "--push", "alice/x")
+        assert str(outcome.exception) == f"{reason.format(theirs)}: name another `--output-dir`."
+        assert (theirs / "README.md").read_text() == "---\ntags: [lora]\n---\n# Mine\n" and not hub.repos
+        assert "gone.jsonl" in str(run(*command, str(theirs)).exception), "without a push no card is written"
+
+
 def test_bad_arguments_are_a_sentence(folder):
     assert "`--bits` must be 4 or 8" in str(run("fisher", "--model", "x", "--dataset", "y", "--bits", "3").exception)
     embedded = ["fisher", "--model", "miniworld", "--dataset", "miniworld", "--output-dir", "unused"]

@@ -2,10 +2,19 @@
 
 import shutil
 
+from datasets import Dataset
+from peft import get_peft_model
+from transformers import AutoModelForCausalLM, DataCollatorForLanguageModeling, Trainer, TrainingArguments
 from typer.testing import CliRunner
 
+from agl_trl import AlignGuardCallback, AlignGuardConfig
 from agl_trl.cli.app import app
 from tests.helpers.hub_commits import agreeing_folders
+from tests.helpers.models import tiny_model
+from tests.helpers.training import COMMON, lora
+
+
+SECRET = "hf_SECRETsecretSECRET"
 
 
 def push(*arguments: object):
@@ -58,6 +67,41 @@ def test_a_card_of_ones_own_gets_the_id_alone(hub, online, demo_folder, tmp_path
     assert push(folder, "alice/own").exit_code == 0
     assert hub.repo("alice/own").history()[0].files["README.md"].data == b"# Mine\n\nFrom `alice/own`.\n"
     assert (folder / "README.md").read_text() == "# Mine\n\nFrom `path/to/this/adapter`.\n"
+
+
+def test_what_the_callback_guarded_gets_a_card_and_leaves_its_token_here(
+    hub, online, tokenizer, alignment_rows, tmp_path
+):
+    """A plain `Trainer` pickles its arguments as they are, and PEFT saves an empty card, which names the folder of the base model."""
+    tiny_model().save_pretrained(tmp_path / "base")
+    run = tmp_path / "run"
+    trainer = Trainer(
+        get_peft_model(AutoModelForCausalLM.from_pretrained(tmp_path / "base"), lora()),
+        TrainingArguments(
+            str(run), **COMMON | dict(max_steps=2, save_strategy="steps", save_steps=1), hub_token=SECRET
+        ),
+        train_dataset=Dataset.from_dict(tokenizer([f"say {i}" for i in range(8)])),
+        data_collator=DataCollatorForLanguageModeling(tokenizer, mlm=False),
+        callbacks=[
+            AlignGuardCallback(
+                AlignGuardConfig(drift_budget=1e-3), alignment_dataset=alignment_rows, processing_class=tokenizer
+            )
+        ],
+    )
+    trainer.train()
+    trainer.save_model()
+    stub = (run / "README.md").read_text()
+    assert "[More Information Needed]" in stub and str(tmp_path / "base") in stub
+    pickled = [path for path in run.rglob("training_args.bin") if SECRET.encode() in path.read_bytes()]
+    assert len(pickled) == 3, "of the run and of its two checkpoints"
+    outcome = push(run, "alice/guarded", "--checkpoints")
+    assert outcome.exit_code == 0, outcome.exception
+    files = hub.repo("alice/guarded").history()[0].files
+    card = files["README.md"].data.decode()
+    assert card.count("## Measured drift") == 1 and "# guarded\n" in card and "[More Information Needed]" not in card
+    assert str(tmp_path) not in card and "`agl/fisher.safetensors`" in card and "agl/drift.png" in card
+    assert "checkpoint-1/adapter_model.safetensors" in files
+    assert not any(name.endswith("training_args.bin") or SECRET.encode() in blob.data for name, blob in files.items())
 
 
 def test_checkpoints_go_up_where_asked_for_and_onto_the_branch(hub, online, demo_folder, tmp_path):

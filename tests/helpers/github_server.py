@@ -14,19 +14,26 @@ from urllib.parse import parse_qs, urlsplit
 @dataclass
 class GitHub:
     """
-    A repository's comments. A request without the right token is 401; `status`, where set, answers all others.
+    A repository's comments. A request without the right token is 401; `status`, where set, answers all others. The token is a
+    workflow's, or that of the user `login`.
     """
 
     token: str = "a-token"
     url: str = ""
     status: int | None = None
+    login: str | None = None
     comments: list[dict[str, Any]] = field(default_factory=list)
     asked: list[str] = field(default_factory=list)
 
-    def add(self, body: str | None, kind: str = "Bot") -> dict[str, Any]:
+    def add(self, body: str | None, kind: str = "Bot", login: str = "github-actions[bot]") -> dict[str, Any]:
         number = len(self.comments) + 1
         self.comments.append(
-            {"id": number, "body": body, "user": {"type": kind}, "html_url": f"{self.url}/c/{number}"}
+            {
+                "id": number,
+                "body": body,
+                "user": {"type": kind, "login": login},
+                "html_url": f"{self.url}/c/{number}",
+            }
         )
         return self.comments[-1]
 
@@ -35,10 +42,12 @@ class GitHub:
             one = self.comments[int(match[1]) - 1]
             one["body"] = body["body"]
             return 200, one
+        if path == "/user":  # GitHub: "Resource not accessible by integration"
+            return (403, {}) if self.login is None else (200, {"login": self.login})
         if path != "/repos/me/model/issues/12/comments":
             return 404, {"message": "Not Found"}
         if method == "POST":
-            return 201, self.add(body["body"])
+            return 201, self.add(body["body"]) if self.login is None else self.add(body["body"], "User", self.login)
         size, page = int(query["per_page"][0]), int(query["page"][0])
         return 200, self.comments[size * (page - 1) : size * page]
 

@@ -1,10 +1,12 @@
 """Metadata of cards: what others wrote stays as they wrote it, byte for byte, and only what is ours is added."""
 
 import pytest
+import torch
 import yaml
 from huggingface_hub import ModelCard
 from huggingface_hub.repocard_data import model_index_to_eval_results
 
+from agl_trl.evaluation.abilities import Ability
 from agl_trl.hub.card_metadata import TAG, Readme, adapter_metadata, attached_metadata, eval_results, one_line
 from tests.helpers.render_sample_card import made_up_behaviour, made_up_report
 
@@ -103,6 +105,37 @@ def test_metadata_of_ours_are_the_same_when_made_again():
     once = adapter_metadata({"license": "license", "licence": "license"}, "n", report, "org/base-model", ["trl"])
     assert "license" not in once and "licence" not in once and once["tags"] == sorted(once["tags"])
     assert adapter_metadata(yaml.safe_load(yaml.safe_dump(once)), "n", report, "org/base-model", ["trl"]) == once
+
+
+def test_sets_of_one_dataset_are_told_apart():
+    """Also by the Hub's client, which makes one entry of all results of one dataset and configuration."""
+    report = made_up_report(made_up_behaviour())
+    report.behaviour.metadata["prompts"] = {"name": "own.jsonl", "license": None}
+    right = torch.arange(100)
+    report.abilities = [
+        Ability(name, "exact match", right < before, right < after, metadata={"source": source, "rows_sha256": name})
+        for name, source, before, after in (
+            ("arc_easy", "allenai/ai2_arc", 80, 79),
+            ("arc_challenge", "allenai/ai2_arc", 50, 49),
+            ("hellaswag", "Rowan/hellaswag", 40, 39),
+            ("arc", "someone/arc", 30, 29),
+            ("own", "own.jsonl", 20, 19),
+        )
+    ]
+    _, results = model_index_to_eval_results(adapter_metadata({}, "n", report, None, [])["model-index"])
+    told, expected = (
+        [(r.dataset_name, r.dataset_args, r.metric_name, r.metric_value) for r in entries]
+        for entries in (results, eval_results(report))
+    )
+    assert told == expected
+    assert ("arc_challenge", {"num_rows": 100, "sha256": "arc_challenge"}, "Exact match, this adapter", 0.49) in told
+    assert {r.dataset_name: r.dataset_config for r in results if r.metric_type == "exact_match"} == {
+        "arc_easy": "ARC-Easy",
+        "arc_challenge": "ARC-Challenge",
+        "hellaswag": None,
+        "arc": None,
+        "own": "own",
+    }
 
 
 def test_one_line_holds_nothing_that_is_not_seen():

@@ -193,6 +193,17 @@ def test_what_was_held_is_said_and_what_was_not_measured_too(tmp_path):
     assert "**not measured**" in text and "a limit on the relative drift of 4.00e-03" in text
 
 
+def test_a_picture_that_there_is_not_is_not_shown(tmp_path, monkeypatch):
+    """A trainer draws it after its card, and not without matplotlib; beside any other card it is there or not."""
+    shown = "![Drift of this adapter](agl/drift.png)"
+    (tmp_path / "agl").mkdir()
+    assert shown in written(tmp_path)[1] and shown not in attached(tmp_path, None)[1]
+    (tmp_path / "agl" / "drift.png").write_bytes(b"")
+    assert shown in attached(tmp_path, None)[1]
+    monkeypatch.setitem(sys.modules, "matplotlib", None)  # as if it were not installed
+    assert shown not in written(tmp_path)[1]
+
+
 def test_private_reference_answers_are_said(tmp_path):
     assert "`agl/reference_answers.safetensors`" in written(tmp_path, report=held_report())[1]
     text = written(tmp_path, report=held_report(), references_published=False)[1]

@@ -153,6 +153,14 @@ def touched(folder: Path, *names: str) -> Path:
     return folder
 
 
+def test_answers_and_temporary_files_stay_here_at_any_depth(tmp_path):
+    kept = ["adapter_config.json", "checkpoint-1/adapter_config.json", "report/my_notes.txt", "report/questions.jsonl"]
+    answers = ("answers.jsonl", "abilities.jsonl", "adapter-answers.jsonl", "unfinished-0123456789ab.jsonl")
+    private = (*answers, "_half.txt", "_push-1/notes.txt", ".cache/notes.txt", ".git/HEAD")
+    stay = [f"{place}{name}" for place in ("", "report/", "checkpoint-1/report/") for name in private]
+    assert files_to_push(touched(tmp_path, *kept, *stay), checkpoints=True) == kept
+
+
 def test_the_frozen_adapter_of_dpo_is_told_by_what_it_holds(tmp_path):
     adapter = ("adapter_config.json", "adapter_model.safetensors")
     frozen = [f"{place}ref/{name}" for place in ("", "checkpoint-1/") for name in (*adapter, "README.md")]

@@ -28,6 +28,14 @@ def test_later_runs_rewrite_their_own_comment_alone(github):
     assert len(github.comments) == 123 and github.comments[0]["body"].endswith("a person who quotes it")
 
 
+def test_a_users_token_rewrites_its_own_comment_alone(github):
+    github.login = "me"
+    quoted = github.add("<!-- agl-trl: drift-report -->\na person who quotes it", kind="User", login="somebody")
+    assert say(github, "first") == say(github, "second")
+    assert len(github.comments) == 2 and quoted["body"].endswith("quotes it")
+    assert github.comments[1]["body"].endswith("\nsecond")
+
+
 def test_a_long_comment_is_cut(github):
     say(github, "x" * 2 * LONGEST)
     assert LONGEST < len(github.comments[0]["body"]) < 65_536
