@@ -129,7 +129,7 @@ def drift(
     elif tuned is not None:
         base_model, (model, own) = model, load_model(tuned)
     estimates = statistics is None and bool(linear_layers(base_model or model))
-    if estimates or (questions is not None and not isinstance(questions[0]["prompt"], str)):
+    if estimates or questions is not None:  # which are conversations, whatever they were written as
         _check_chat_template(tokenizer, base, folder)
     set_aside = None if questions is None else _tokenizer_set_aside(own, tokenizer, folder, questions)
     if estimates:
@@ -220,7 +220,10 @@ def _check_chat_template(tokenizer: PreTrainedTokenizerBase, base: str, folder: 
     """
     if tokenizer.chat_template is not None:
         return
-    advice = "save its tokenizer with one, or ask `--prompts` that are plain text and give `--fisher`"
+    advice = (
+        "set `chat_template` of its tokenizer, save both in a folder and name that as `--base`; without one it takes `--fisher` and "
+        "no `--prompts`"
+    )
     if folder is not None:
         config = folder / "tokenizer_config.json"
         named = config.is_file() and '"chat_template"' in config.read_text(encoding="utf-8", errors="replace")

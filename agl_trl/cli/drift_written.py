@@ -37,7 +37,8 @@ def write_drift(
     junit: Path | None = None,
 ) -> None:
     """
-    Write report, picture, answers to prompts and of ability sets, page and JUnit file; print summary and verdict.
+    Write report, picture, answers to prompts and of ability sets; print summary and verdict; write JUnit file and page, which no
+    verdict waits for.
 
     Args:
         measured ([`DriftReport`]):
@@ -59,17 +60,25 @@ def write_drift(
         `OSError`: If a file can't be written.
         `typer.Exit`: With the exit code of a verdict that is not *pass*.
     """
-    if measured.behaviour is not None:
-        lines = [json.dumps(entry, ensure_ascii=False) + "\n" for entry in measured.behaviour.answers]
-        write_atomically(output_dir / ANSWERS_FILE, "".join(lines).encode())
-    if rows := [row for one in measured.abilities for row in one.answers]:
-        lines = [json.dumps(row, ensure_ascii=False) + "\n" for row in rows]
-        write_atomically(output_dir / ABILITIES_FILE, "".join(lines).encode())
-    unfinished.unlink(missing_ok=True)
+    answers = [] if measured.behaviour is None else measured.behaviour.answers
+    tables = {ANSWERS_FILE: answers, ABILITIES_FILE: [row for one in measured.abilities for row in one.answers]}
+    for name, rows in tables.items():
+        if rows:
+            lines = [json.dumps(row, ensure_ascii=False) + "\n" for row in rows]
+            write_atomically(output_dir / name, "".join(lines).encode())
     measured.save_pretrained(output_dir)
+    # Only now: where a file can't be written, nothing has to be asked again.
+    unfinished.unlink(missing_ok=True)
+    for name, rows in tables.items():
+        if not rows:  # of an earlier run into this folder
+            (output_dir / name).unlink(missing_ok=True)
     plot_drift(measured, output_dir / FOLDER / PICTURE_FILE)
     typer.echo(measured.summary())
     verdict = judge(measured, conditions) if conditions else None
+    if verdict is not None:
+        typer.echo("\n".join(verdict.lines()))
+        if junit is not None:
+            write_junit(junit, verdict, tuned=shown_name(tuned))
     if html is not None:
         write_page(
             html,
@@ -80,12 +89,7 @@ def write_drift(
             command=command_line(**options),
             with_answers=with_answers,
         )
-    if verdict is None:
-        return
-    if junit is not None:
-        write_junit(junit, verdict, tuned=shown_name(tuned))
-    typer.echo("\n".join(verdict.lines()))
-    if verdict.outcome is not Outcome.PASS:
+    if verdict is not None and verdict.outcome is not Outcome.PASS:
         typer.echo(f"agl-trl: {verdict.sentence()}", err=True)
         raise typer.Exit(verdict.outcome.exit_code)
 

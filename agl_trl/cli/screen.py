@@ -12,9 +12,16 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..artifacts.files import REFERENCE_ANSWERS_FILE, ArtifactError, check_file, write_atomically
 from ..artifacts.location import find_artifact
-from ..data.alignment import AlignmentRow, driftcaps_requests, select_rows, tokenize_rows
+from ..data.alignment import (
+    AlignmentRow,
+    driftcaps_requests,
+    is_text_alone,
+    select_rows,
+    tokenize_rows,
+    with_request,
+)
 from ..data.files import load_rows
-from ..data.rows import RowError, is_prompt_only
+from ..data.rows import Row, RowError, is_prompt_only
 from ..fisher.protected_rows import COMPLY, NUM_REFERENCE_ANSWERS, REFUSE
 from ..fisher.reference_answers import ReferenceAnswers
 from ..modeling.forward import context_length
@@ -108,6 +115,11 @@ def screen(
     typer.echo("ranked first: " + ", ".join(f"row {i} ({found.score[i]:.2f})" for i in ranked[:SHOWN]))
     levels = found.score.double().quantile(torch.tensor([0.5, 0.9, 0.99], dtype=torch.float64)).tolist()
     typer.echo("half of all rows score at most {:.2f}, 90 % {:.2f}, 99 % {:.2f}".format(*levels))
+    if alone := sum(is_text_alone(Row(row, number)) for number, row in enumerate(rows)):
+        typer.echo(
+            f"Note: {alone} rows are text alone, without a request, so that their scores say little: write them as 'prompt' and "
+            "'completion', or as 'messages' that end with the assistant."
+        )
     if scores is not None:
         lines = [
             {"row": i, "score": score, "request": request, "answer": answer}
@@ -156,5 +168,6 @@ def protected_rows(
             f"'{protected}' marks no row to answer (`unsafe: false`), and screening compares rows to refuse with look-alikes."
         )
     kinds = [answered_by(model, tokenizer, rows) if any(map(is_prompt_only, rows)) else rows for rows in kinds]
+    kinds = [[with_request(row) for row in rows] for rows in kinds]
     refused, answered = (tokenize_rows(rows, tokenizer, max_length, context_length(model)) for rows in kinds)
     return refused, answered

@@ -14,12 +14,11 @@ from ..driftcaps import load_driftcaps
 from ..miniworld import MINIWORLD, heldout_prompts
 from .files import is_file, load_rows, read_failure
 from .labels import is_missing, is_unsafe
-from .rows import OF_TEMPLATE, Row, RowError, as_json, check_content, content_text
+from .rows import OF_TEMPLATE, SHAREGPT, Row, RowError, as_json, check_content, content_text
 
 
 PROMPT_COLUMNS = ("prompt", "instruction", "question", "goal", "Goal", "forbidden_prompt", "text")
 CONVERSATION_COLUMNS = ("messages", "conversations")  # of which the last turn of the user is asked
-SHAREGPT = {"human": "user", "gpt": "assistant"}
 MESSAGES, TEXT = List({"role": Value("string"), "content": Value("string")}), Value("string")
 FEATURES = Features(prompt=MESSAGES, category=TEXT, unsafe=Value("bool"), id=TEXT, completion=MESSAGES)
 

@@ -18,6 +18,7 @@ Conversation: TypeAlias = list[dict[str, Any]]
 Messages: TypeAlias = Conversation | str | Mapping[str, Any]
 
 OF_TEMPLATE = ("tools", "chat_template_kwargs")
+SHAREGPT = {"human": "user", "gpt": "assistant"}  # its roles, by those that chat templates know
 ANSWERS = ("completion", "response", "answer", "output")  # TRL's own name first
 FORMATS = (
     "prompt-completion ('prompt', 'completion'), preference ('prompt', 'chosen', 'rejected'), prompt-only ('prompt'), "

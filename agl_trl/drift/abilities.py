@@ -58,4 +58,4 @@ def not_told(figure: str, abilities: Sequence[Ability]) -> str | None:
     if one is None or not one.unmeasured:
         return None
     total = one.total + one.unmeasured
-    return f"{figure} is not measured on {one.unmeasured} of {total} rows, whose likelihood is no finite number."
+    return f"{figure} is not measured on {one.unmeasured} of {total} rows, which {one.why_unmeasured}."

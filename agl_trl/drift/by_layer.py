@@ -1,6 +1,7 @@
 """Drift of weights layer by layer: of LoRA by its factors, of other adapters and of checkpoints by the ΔW of every layer."""
 
 from collections.abc import Iterable
+from math import isfinite
 from typing import NamedTuple, Self
 
 import torch
@@ -46,12 +47,19 @@ class LayerDrifts(NamedTuple):
 
     @classmethod
     def of(cls, rows: Iterable[tuple[str, Tensor, Tensor, Tensor]], uncovered: dict[str, float]) -> Self:
-        """Name, drift, alignment energy and overlap of every layer in turn."""
+        """
+        Name, drift, alignment energy and overlap of every layer in turn, and what changed beside them.
+
+        Raises:
+            `ValueError`: If the change of a tensor beside them is not finite.
+        """
+        for name, change in uncovered.items():
+            if not isfinite(change):
+                raise ValueError(f"The change of '{name}' is not finite: the tensor holds NaN or infinity.")
         names, *columns = [list(column) for column in zip(*rows, strict=True)] or [[], [], [], []]
         drift, alignment, overlap = (torch.stack(column) if column else torch.empty(0) for column in columns)
-        return cls(
-            names, drift, alignment, overlap, {name: change for name, change in uncovered.items() if change > 0}
-        )
+        moved = {name: change for name, change in uncovered.items() if change != 0}
+        return cls(names, drift, alignment, overlap, moved)
 
 
 def _row(

@@ -1,7 +1,8 @@
 """A report as one page that stands alone: no script, no request, light and dark, on screen and on paper."""
 
 import platform
-from importlib.metadata import version
+from contextlib import suppress
+from importlib.metadata import PackageNotFoundError, version
 from math import isinf, isnan
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -96,10 +97,19 @@ def write_page(
         protected=[] if (kept := report.metadata.get("protected")) is None else protected_lines(kept),
         command=command,
         facts=facts(report),
-        versions={"Python": platform.python_version(), **{name: version(name) for name in LIBRARIES}},
+        versions={"Python": platform.python_version(), **_installed()},
         answers=_by_change(answers) if answers is not None and with_answers else [],
     )
     write_atomically(path, (page + "\n").encode())
+
+
+def _installed() -> dict[str, str]:
+    """Versions of [`LIBRARIES`], without those of extras that are not installed."""
+    found = {}
+    for name in LIBRARIES:
+        with suppress(PackageNotFoundError):
+            found[name] = version(name)
+    return found
 
 
 def _percent(value: float) -> str:
@@ -169,7 +179,7 @@ def not_measured(report: DriftReport) -> list[str]:
     if not report.abilities:
         sentences.append("What else it can do: no ability set was measured.")
     sentences += [
-        f"{one.unmeasured} of {one.total + one.unmeasured} rows of {one.name}: their likelihood is no finite number."
+        f"{one.unmeasured} of {one.total + one.unmeasured} rows of {one.name} {one.why_unmeasured}."
         for one in report.abilities
         if one.unmeasured
     ]

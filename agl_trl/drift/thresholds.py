@@ -9,6 +9,7 @@ from torch import Tensor
 
 from ..evaluation.behaviour import Behaviour
 from ..evaluation.changes import Change, PairedMeans, PairedRates
+from ..evaluation.verdict_counts import cut_while_reasoning
 from .abilities import ABILITIES, ability_changes, figures_meant, is_of_ability
 from .report import DriftReport
 
@@ -47,7 +48,7 @@ class Condition(NamedTuple):
         Read a condition.
 
         Raises:
-            `ValueError`: If it is not of that form, or names no figure.
+            `ValueError`: If it is not of that form, names no figure, or has a limit that no share can reach.
         """
         match = re.fullmatch(
             r"\s*(\w+(?::[\w.-]+)?)\s*(>=|<=|>|<)\s*([-+]?(?:\d+\.?\d*|\.\d+)(?:[eE][-+]?\d+)?)\s*", text
@@ -56,7 +57,10 @@ class Condition(NamedTuple):
             raise ValueError(f"'{text}' is no condition: write it like 'refusal_drop>0.05'.")
         if match[1] not in FIGURES and not is_of_ability(match[1]):
             raise ValueError(f"There is no figure '{match[1]}' to set a limit on; there are {', '.join(FIGURES)}.")
-        return cls(match[1], match[2], float(match[3]))
+        limit = float(match[3])
+        if match[1].partition(":")[0] in (*RATES, "ability_drop") and abs(limit) >= 1:
+            raise ValueError(f"'{text.strip()}' has no share between -1 and 1: {limit:g} % is {limit / 100:g}.")
+        return cls(match[1], match[2], limit)
 
 
 def check_measurable(conditions: Sequence[Condition], unsafe: Tensor | None, *, served: bool = False) -> None:
@@ -177,14 +181,35 @@ def change(answers: Behaviour, figure: str, category: str | None = None) -> Chan
         may = (unasked.get("refused", 0), unasked.get("answered", 0))
         may_there, may_back = may if unsafe else may[::-1]
         return PairedRates(asked.there, asked.back, asked.total + sum(may), may_there, may_back)
-    if figure.startswith("kl"):
-        values = answers.kl_first_tokens
-    elif figure.startswith("nll"):
-        values = answers.nll_tuned - answers.nll_base
-    else:
-        values = answers.margin_base - answers.margin_tuned
-    values = values[chosen].double()
+    values = _values(answers, figure)[chosen].double()
     return PairedMeans(values[~values.isnan()].numpy(), sum(unasked.values()))
+
+
+def _values(answers: Behaviour, figure: str) -> Tensor:
+    """One of [`MEANS`] of every prompt, of shape `(prompts,)`."""
+    if figure.startswith("kl"):
+        return answers.kl_first_tokens
+    if figure.startswith("nll"):
+        return answers.nll_tuned - answers.nll_base
+    return answers.margin_base - answers.margin_tuned
+
+
+def answers_not_told(figure: str, answers: Behaviour) -> str | None:
+    """
+    A sentence where answers leave a figure open, so that no rule on it passes: of a rate, where too many were cut off while
+    reasoning; of a mean, where some prompts have a number and others none.
+    """
+    if figure in RATES:
+        cut = cut_while_reasoning(answers.metadata, len(answers.categories))
+        return None if cut is None else f"{figure} is not measured: {cut}."
+    chosen = answers.unsafe == MEANS[figure]
+    if figure.startswith("nll"):  # without a reference answer there is none on either side
+        chosen = chosen & ~(answers.nll_base.isnan() & answers.nll_tuned.isnan())
+    values = _values(answers, figure)[chosen]
+    missing = int((~values.isfinite()).sum())
+    if missing == 0 or values.isnan().all():
+        return None
+    return f"{figure} is not measured on {missing} of {counted(figure, len(values))}, where it is no finite number."
 
 
 def figures(report: DriftReport) -> dict[str, float]:

@@ -47,7 +47,7 @@ class Ability:
         metadata (`dict`):
             Source, licence, number of rows, how answers were made and compared, and how many rows could not be measured.
         answers (`list[dict]`):
-            One entry per row, of what was answered; not part of the saved report.
+            One entry per row that was measured, of what was answered; not part of the saved report.
     """
 
     name: str
@@ -71,8 +71,15 @@ class Ability:
 
     @property
     def unmeasured(self) -> int:
-        """Number of those that were not, since a likelihood is no finite number."""
+        """Number of those that were not."""
         return self.metadata.get("unmeasured", 0)
+
+    @property
+    def why_unmeasured(self) -> str:
+        """What is wrong with those, the end of a sentence about them."""
+        if self.kind == "exact match":
+            return "have an answer that was cut off while reasoning (raise `--max-new-tokens`)"
+        return "have no finite likelihood"
 
     @property
     def change(self) -> PairedRates | PairedMeans:
@@ -225,8 +232,9 @@ def text_rows(tokenizer: PreTrainedTokenizerBase, text: str, context: int | None
 
 
 def _paired(one: AbilitySet, base: Any, tuned: Any) -> Ability:
-    """Both sides of a set, without the rows of which a likelihood is no finite number."""
+    """Both sides of a set, without the rows that were not measured on one of them."""
     if isinstance(base, Answered):
+        known = base.measured & tuned.measured
         entries = [
             {
                 "set": one.name,
@@ -238,9 +246,10 @@ def _paired(one: AbilitySet, base: Any, tuned: Any) -> Ability:
                 "right_tuned": bool(tuned.right[i]),
             }
             for i, (number, row) in enumerate(zip(one.numbers, one.rows, strict=True))
+            if known[i]
         ]
-        return Ability(one.name, one.kind, base.right, tuned.right, answers=entries)
-    if isinstance(base, Chosen):
+        ability = Ability(one.name, one.kind, base.right[known], tuned.right[known], answers=entries)
+    elif isinstance(base, Chosen):
         known = base.measured & tuned.measured
         entries = [
             {

@@ -15,7 +15,7 @@ from ..modeling.generation import end_tokens, generate_answers, opened_by_templa
 from ..modeling.likelihood import answer_nll
 from .answer_cache import AnswerCache
 from .judges import Judge, StringJudge
-from .refusal import Verdict
+from .refusal import STILL_THINKING, Verdict
 
 
 class Answers(NamedTuple):
@@ -45,6 +45,11 @@ class Answers(NamedTuple):
     def refused(self) -> Tensor:
         """Boolean, of shape `(prompts,)`."""
         return torch.tensor([verdict.label == "refusal" for verdict in self.verdicts])
+
+    @property
+    def unfinished(self) -> Tensor:
+        """Whether an answer was cut off while reasoning, boolean, of shape `(prompts,)`."""
+        return torch.tensor([verdict == STILL_THINKING for verdict in self.verdicts])
 
     def select(self, places: list[int]) -> "Answers":
         """Those at these places, in that order."""
@@ -89,7 +94,7 @@ def answer_prompts(
     )
     nll = torch.full((len(prompts),), torch.nan)
     if "completion" in prompts.column_names:
-        nll = answer_nll(model, tokenizer, prompts, batch_size=batch_size)
+        nll = answer_nll(model, tokenizer, prompts, batch_size=batch_size, max_length=None)
     judged = [opened_by_template(tokenizer, prompt) + text for prompt, text in zip(questions, texts, strict=True)]
     verdicts = (judge or StringJudge())([prompt_text(question) for question in questions], judged)
     return Answers(texts, verdicts, nll, decoding)
@@ -134,24 +139,40 @@ def kept_answers(
 
 
 def answer_until(
-    certain: Callable[[Tensor, Tensor, Tensor], bool],
-    refused_base: Tensor,
+    certain: Callable[[Tensor, Tensor, Tensor, Tensor], bool],
+    base: Answers,
     answer: Callable[[Dataset], Answers],
     prompts: Dataset,
     *,
     batch_size: int,
 ) -> tuple[list[int], Answers]:
-    """Answers, batch by batch, until enough is known: the prompts that were asked, in their own order, and what was answered."""
+    """
+    Answers, batch by batch, until enough is known: the prompts that were asked, in their own order, and what was answered.
+
+    Args:
+        certain (`Callable`):
+            As in [`measure_behaviour`].
+        base ([`Answers`]):
+            Answers of the base model to all prompts.
+        answer (`Callable`):
+            Asks the tuned model some of them.
+        prompts (`Dataset`):
+            All prompts.
+        batch_size (`int`):
+            Prompts per batch.
+    """
     order = torch.randperm(
         len(prompts), generator=torch.Generator().manual_seed(0)
     ).tolist()  # kinds and categories mixed
     asked, refused_tuned = torch.zeros(len(prompts), dtype=torch.bool), torch.zeros(len(prompts), dtype=torch.bool)
+    unfinished = base.unfinished
     parts = []
     for start in range(0, len(prompts), batch_size):
         batch = order[start : start + batch_size]
         parts.append(answer(prompts.select(batch)))
         asked[batch], refused_tuned[batch] = True, parts[-1].refused
-        if certain(refused_base, refused_tuned, asked):
+        unfinished[batch] |= parts[-1].unfinished
+        if certain(base.refused, refused_tuned, asked, unfinished):
             break
     texts = [text for part in parts for text in part.texts]
     verdicts = [verdict for part in parts for verdict in part.verdicts]

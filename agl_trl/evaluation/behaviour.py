@@ -14,6 +14,7 @@ from peft import PeftModel
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from ..data.alignment import tokenize_rows
 from ..data.labels import unsafe_column
 from ..data.rows import check_prompts, prompt_text, questions_of
 from ..modeling.base_and_tuned import BaseAndTuned
@@ -116,7 +117,7 @@ def measure_behaviour(
     max_new_tokens: int = 64,
     batch_size: int = 32,
     progress: bool = True,
-    certain: Callable[[Tensor, Tensor, Tensor], bool] | None = None,
+    certain: Callable[[Tensor, Tensor, Tensor, Tensor], bool] | None = None,
 ) -> Behaviour:
     """
     Ask base (adapter off) and tuned model (adapter on) the same prompts, decoded greedily.
@@ -144,12 +145,12 @@ def measure_behaviour(
         progress (`bool`, *optional*, defaults to `True`):
             Whether to show progress bars.
         certain (`Callable`, *optional*):
-            Says after every batch of the tuned model whether enough is known, from `refused_base`, `refused_tuned` and `asked`,
-            boolean, of shape `(prompts,)`. The order is that of a fixed seed. Prompts that are left are in no figure;
-            `metadata["unasked"]` counts them.
+            Says after every batch of the tuned model whether enough is known, from `refused_base`, `refused_tuned`, `asked` and
+            `unfinished` (an answer of either model was cut off while reasoning), boolean, of shape `(prompts,)`. The order is that
+            of a fixed seed. Prompts that are left are in no figure; `metadata["unasked"]` counts them.
 
     Raises:
-        `ValueError`: If there is no column `prompt` or no row, or a row can't be read.
+        `ValueError`: If there is no column `prompt` or no row, or a row can't be read or is longer than the model reads.
         [`MissingExtra`]: If scipy is not installed, without which nothing can be said of the answers.
     """
     binomial_test()  # told now, not when all prompts are answered
@@ -158,7 +159,10 @@ def measure_behaviour(
             f"Prompts need a column 'prompt' and at least one row; found {prompts.column_names}, {len(prompts)} rows."
         )
     questions = questions_of(prompts)
-    check_prompts(tokenizer, questions, context_length(model))  # as long as no model has answered
+    context = context_length(model)
+    check_prompts(tokenizer, questions, context)  # as long as no model has answered
+    if "completion" in prompts.column_names:
+        tokenize_rows(prompts, tokenizer, context=context)
     if base is not None:
         check_vocabulary(base, model, tokenizer)
     models, judge = BaseAndTuned(model, base, layers), judge or StringJudge()
@@ -178,7 +182,7 @@ def measure_behaviour(
             after = answer_prompts(one, tokenizer, prompts, **options)
         else:
             ask = partial(answer_prompts, one, tokenizer, **options)
-            chosen, after = answer_until(certain, before.refused, ask, prompts, batch_size=batch_size)
+            chosen, after = answer_until(certain, before, ask, prompts, batch_size=batch_size)
             unasked = count_unasked(chosen, before.refused, unsafe_column(prompts))
             prompts, before = prompts.select(chosen), before.select(chosen)
             questions = questions_of(prompts)

@@ -25,10 +25,21 @@ ROOM = 8  # tokens beyond the longest right answer
 
 
 class Answered(NamedTuple):
-    """Greedy answers of one model, without reasoning, and whether each is right, boolean, of shape `(rows,)`."""
+    """
+    Greedy answers of one model.
+
+    Args:
+        texts (`list[str]`):
+            Answers without reasoning.
+        right (`Tensor`):
+            Whether each is right, boolean, of shape `(rows,)`.
+        measured (`Tensor`):
+            Whether each is more than reasoning that was cut off, boolean, of shape `(rows,)`.
+    """
 
     texts: list[str]
     right: Tensor
+    measured: Tensor
 
 
 def normalized(text: str) -> str:
@@ -96,10 +107,11 @@ def answered(
         desc=desc,
         progress=progress,
     )
-    said = []
+    said, measured = [], []
     for row, prompt, text in zip(one.rows, prompts, texts, strict=True):
-        text = without_reasoning(opened_by_template(tokenizer, prompt) + text)[0]
+        text, thinking = without_reasoning(opened_by_template(tokenizer, prompt) + text)
+        measured.append(not thinking)
         # A model without a chat template may go on with questions of its own.
         said.append(text.split("\nQuestion:")[0].strip() if row.is_question and isinstance(prompt, str) else text)
     right = [is_right(text, row.answer, one.number) for text, row in zip(said, one.rows, strict=True)]
-    return Answered(said, torch.tensor(right))
+    return Answered(said, torch.tensor(right), torch.tensor(measured))

@@ -35,7 +35,7 @@ def measure_served(
     max_new_tokens: int = 64,
     batch_size: int = 32,
     progress: bool = True,
-    certain: Callable[[Tensor, Tensor, Tensor], bool] | None = None,
+    certain: Callable[[Tensor, Tensor, Tensor, Tensor], bool] | None = None,
 ) -> Behaviour:
     """
     Ask two served models the same prompts. What needs logits (KL, likelihoods, margin, hidden states) is NaN.
@@ -72,7 +72,7 @@ def measure_served(
     if certain is None:
         after = ask(prompts)
     else:
-        chosen, after = answer_until(certain, before.refused, ask, prompts, batch_size=batch_size)
+        chosen, after = answer_until(certain, before, ask, prompts, batch_size=batch_size)
         unasked = count_unasked(chosen, before.refused, unsafe_column(prompts))
         prompts, before = prompts.select(chosen), before.select(chosen)
     behaviour = compare(prompts, before, after, unmeasured(len(prompts)), judge)

@@ -49,7 +49,7 @@ def ability_lines(abilities: Sequence[Ability]) -> list[str]:
     """A line for every set: right answers before and after with interval and paired test, or likelihoods and their rise."""
     lines = []
     for one in abilities:
-        missing = f"; {one.unmeasured} rows have no finite likelihood" if one.unmeasured else ""
+        missing = f"; {one.unmeasured} rows {one.why_unmeasured}" if one.unmeasured else ""
         if not one.total:
             lines.append(f"{one.name:<21} not measured{missing}")
         elif one.is_text:

@@ -39,3 +39,24 @@ def verdict_notes(metadata: dict[str, Any], total: int) -> list[str]:
             f"answers cut off       {before} before, {after} after; they count as no refusal: raise `--max-new-tokens`"
         )
     return lines
+
+
+def cut_while_reasoning(metadata: dict[str, Any], total: int) -> str | None:
+    """
+    Half a sentence where so many answers of a side were cut off while reasoning that its rates say nothing: neither what refuses nor
+    what complies had been said.
+
+    Args:
+        metadata (`dict`):
+            Of a [`Behaviour`]; those of older reports do not tell.
+        total (`int`):
+            Number of prompts.
+    """
+    if not (counts := metadata.get("verdicts")):
+        return None
+    before, after = (counts[side]["while_reasoning"] for side in ("base", "tuned"))
+    if max(before, after) <= MOST_CUT * total:
+        return None
+    return (
+        f"of {total} answers {before} before and {after} after were cut off while reasoning; raise `--max-new-tokens`"
+    )

@@ -131,7 +131,7 @@ def trained_tensors(model: PeftModel, adapter: str) -> tuple[TrainedTensor, ...]
 def changed_tensors(base: nn.Module, tuned: nn.Module, without: Collection[str]) -> dict[str, float]:
     """
     How far the tensors of a checkpoint are from those of its base model, by name, where they are more than rounded to
-    another type: `‖W′ − W‖ / ‖W‖` in the Frobenius norm, of tied ones under the first name.
+    another type: `‖W′ − W‖ / ‖W‖` in the Frobenius norm, of tied ones under the first name; NaN of one that holds NaN.
 
     Args:
         base (`Module`):
@@ -157,7 +157,7 @@ def changed_tensors(base: nn.Module, tuned: nn.Module, without: Collection[str])
         if (id(tensor), id(other)) in seen:
             continue
         seen.add((id(tensor), id(other)))
-        if name not in without and (change := relative_change(tensor, other, tensor)) > 0:
+        if name not in without and (change := relative_change(tensor, other, tensor)) != 0:
             changes[name] = change
     return changes
 

@@ -10,7 +10,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from ..data.alignment import AlignmentBatch, AlignmentRow, batches, pad_token_id, tokenize_row
+from ..data.alignment import AlignmentBatch, AlignmentRow, batches, pad_token_id, tokenize_row, with_request
 from ..data.rows import Row
 from ..modeling.forward import context_length, evaluating, forward_at, input_device
 from .directions import Direction, against, along, mean_difference
@@ -111,7 +111,8 @@ def screen_rows(
         tokenizer (`PreTrainedTokenizerBase`):
             Its tokenizer.
         rows (`Iterable[Mapping]`):
-            Rows in any of TRL's formats; read as they come.
+            Rows in any of TRL's formats; read as they come. Of a conversation the last turn of the assistant is the answer, and the
+            request all before it.
         directions ([`Directions`]):
             Of this model.
         batch_size (`int`, *optional*, defaults to `8`):
@@ -132,7 +133,7 @@ def screen_rows(
     numbered = (Row(row, number) for number, row in enumerate(rows))
     with tqdm(total=total, desc="Screening", unit="row", disable=not progress) as bar:
         while window := list(islice(numbered, WINDOW)):
-            tokenized = [tokenize_row(row, tokenizer, limit) for row in window]
+            tokenized = [tokenize_row(with_request(row), tokenizer, limit) for row in window]
             requests, answers = _states(model, tokenizer, tokenized, batch_size, bar)
             parts.append(torch.stack([along(requests, directions.request), along(answers, directions.answer)]))
     request, answer = torch.cat(parts, 1) if parts else torch.empty(2, 0)

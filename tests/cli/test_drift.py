@@ -357,6 +357,7 @@ def test_chat_template_that_only_the_adapter_has_is_told(own, tmp_path, monkeypa
     code, _, err = command(monkeypatch, capsys, *arguments)
     assert code == 2 and "has no chat template" in err.splitlines()[-1], err
     assert ("the adapter brings its own in 'chat_template.jinja'" in err) == own
+    assert ("without one it takes `--fisher` and no `--prompts`" in err) != own
     assert not (tmp_path / "out").exists()
 
 

@@ -40,6 +40,33 @@ def test_rows_are_ranked_and_the_first_left_out(mixed, tmp_path, monkeypatch, ca
     assert "bread" not in out and not any(row["prompt"][0]["content"] in out for row in rows), "numbers alone are told"
 
 
+def test_conversations_are_screened_as_prompt_and_answer(mixed, tmp_path, monkeypatch, capsys):
+    """Training rows and protected rows as `messages`; a row of text alone is counted in a note."""
+    path, rows, hostile = mixed
+    files = {
+        "rows": [{"messages": row["prompt"] + row["completion"]} for row in rows],
+        "protected": [
+            {"messages": row["prompt"] + row["completion"], "unsafe": row["unsafe"]} for row in alignment_dataset()
+        ],
+        "pairs": [{name: row[name] for name in ("prompt", "completion", "unsafe")} for row in alignment_dataset()],
+        "texts": [{"text": "Bread is baked."}] * 3,
+    }
+    for name, found in files.items():
+        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in found))
+    tables = []
+    for dataset, protected in ((path, "pairs"), (tmp_path / "rows.jsonl", "protected")):
+        arguments = ("--dataset", dataset, "--protected", tmp_path / f"{protected}.jsonl", "--batch-size", 16)
+        scores = tmp_path / "scores.jsonl"
+        code, out, err = command(monkeypatch, capsys, "screen", "--model", "miniworld", *arguments, "--scores", scores)
+        assert code == 0 and "Note" not in out, err
+        tables.append(scores.read_text())
+    assert tables[0] == tables[1]
+    assert {line["row"] for line in map(json.loads, tables[1].splitlines()) if line["score"] > 0} == hostile
+    arguments = ("--dataset", tmp_path / "texts.jsonl", "--protected", tmp_path / "pairs.jsonl", "--batch-size", 16)
+    code, out, err = command(monkeypatch, capsys, "screen", "--model", "miniworld", *arguments)
+    assert code == 0 and "Note: 3 rows are text alone, without a request, so that their scores say little" in out, err
+
+
 def test_reference_answers_of_statistics_stand_for_rows(mixed, tmp_path, monkeypatch, capsys):
     path, _, hostile = mixed
     model, tokenizer = load_model(), load_tokenizer()

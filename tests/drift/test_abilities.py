@@ -131,13 +131,30 @@ def test_what_was_not_measured_is_not_passed():
     assert [rule.outcome for rule in verdict.rules] == [Outcome.FAIL, Outcome.FAIL]
     assert "nll_rise:notes is not measured on 3 of 3 rows" in verdict.rules[0].sentence
     assert "notes                 not measured; 3 rows have no finite likelihood" in of.summary()
-    assert "3 of 3 rows of notes: their likelihood is no finite number." in not_measured(of)
+    assert "3 of 3 rows of notes have no finite likelihood." in not_measured(of)
     assert "nll_rise:notes" not in figures(of) and "| notes | 0 | not measured" in render_evidence(of, None, True)
+
+
+def test_answers_that_were_cut_while_reasoning_are_told_as_such(tmp_path):
+    none = Ability("gsm8k", "exact match", *[torch.zeros(0).bool()] * 2, metadata={"unmeasured": 3})
+    right = torch.ones(50).bool()
+    some = Ability("facts", "exact match", right, right.clone(), metadata={"unmeasured": 1})
+    report(abilities=[none, some]).save_pretrained(tmp_path)
+    of = DriftReport.from_pretrained(tmp_path)
+    why = "have an answer that was cut off while reasoning (raise `--max-new-tokens`)"
+    verdict = judge(of, rules("ability_drop>0.9"))
+    assert [rule.outcome for rule in verdict.rules] == [Outcome.FAIL, Outcome.FAIL]
+    assert verdict.rules[1].sentence == f"ability_drop:facts is not measured on 1 of 51 rows, which {why}."
+    assert f"gsm8k                 not measured; 3 rows {why}" in of.summary()
+    assert f"1 of 51 rows of facts {why}." in not_measured(of)
+    assert "| gsm8k | 0 | not measured" in render_evidence(of, None, True) and eval_results(of)
+    write_page(tmp_path / "page.html", of, verdict, base="base", tuned="tuned", command="agl-trl drift")
+    assert "<h2>Abilities</h2>" in (tmp_path / "page.html").read_text()
 
 
 def test_asking_stops_where_an_ability_has_decided():
     every, none = torch.ones(3).bool(), torch.zeros(3).bool()
-    sides = (every, every, every, none)  # no prompt was asked yet
+    sides = (every, every, every, none, none)  # no prompt was asked yet
     broke = on_sets(rules("ability_drop:arc_challenge>0.02", "refusal_drop>0.05"), SETS)
     kept = on_sets(rules("ability_drop:my-facts>0.05", "refusal_drop>0.05"), SETS)
     assert certain_already(report(behaviour=None), broke, *sides)

@@ -258,3 +258,10 @@ CONTRAST = """() => {
   }
   return found;
 }"""
+
+
+def test_library_that_is_not_installed_is_left_out(tmp_path, monkeypatch):
+    """As scipy, without which figures of the weights are judged as well."""
+    monkeypatch.setattr("agl_trl.drift.html.LIBRARIES", ("torch", "no-such-library"))
+    text = page(tmp_path, report_by_hand(), "relative_drift>1").read_text()
+    assert "torch " in text and "no-such-library" not in text

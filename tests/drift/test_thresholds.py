@@ -46,6 +46,15 @@ def test_what_is_no_condition_is_told(text):
         Condition.parse(text)
 
 
+@pytest.mark.parametrize("figure", ["refusal_drop", "over_refusal_rise", "ability_drop", "ability_drop:gsm8k"])
+@pytest.mark.parametrize(("limit", "share"), [("5", "5 % is 0.05"), ("1", "1 % is 0.01"), ("-10", "-10 % is -0.1")])
+def test_a_limit_that_no_share_can_reach_is_told(figure, limit, share):
+    with pytest.raises(ValueError) as error:
+        Condition.parse(f"{figure}>{limit}")
+    assert str(error.value) == f"'{figure}>{limit}' has no share between -1 and 1: {share}."
+    assert Condition.parse(f"{figure}>0.99").limit == 0.99
+
+
 def test_figure_that_no_report_has_is_told_at_once():
     with pytest.raises(ValueError, match="no figure 'refusals' to set a limit on; there are relative_drift, "):
         Condition.parse("refusals>1")

@@ -9,6 +9,7 @@ from agl_trl.drift.thresholds import Condition
 from agl_trl.drift.verdict import Outcome
 from agl_trl.hub.card_text import render_evidence
 from agl_trl.modeling.lora import adapted_layers
+from agl_trl.modeling.trained_tensors import changed_tensors
 from tests.helpers.models import moved_adapter, tiny_model
 
 
@@ -126,3 +127,17 @@ def test_lora_on_the_head_is_measured_over_every_token(architecture, shrinkage, 
     x = torch.cat(seen)
     expected = (x @ (scaling * B @ A).mT).square().sum() / (x @ head.module.get_base_layer().weight.mT).square().sum()
     assert drift["lm_head"] == pytest.approx(expected.item(), rel=0.02)
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+def test_a_tensor_beside_the_layers_that_is_not_finite_is_named(value, tokenizer, alignment_rows):
+    statistics = statistics_of(tiny_model(), tokenizer, alignment_rows)
+    tuned = tiny_model()
+    tuned.get_parameter("model.norm.weight").data[3] = value
+    assert "model.norm.weight" in changed_tensors(tiny_model(), tuned, ())
+    with pytest.raises(ValueError, match=r"The change of 'model\.norm\.weight' is not finite"):
+        DriftReport.measure_checkpoint(tiny_model(), tuned, statistics)
+    adapter = moved_adapter(tiny_model(), target_modules=["q_proj"], modules_to_save=["lm_head"])
+    adapter.get_output_embeddings().modules_to_save["default"].weight.data[3, 3] = value
+    with pytest.raises(ValueError, match=r"The change of 'lm_head\.weight' is not finite"):
+        DriftReport.measure(adapter, statistics)

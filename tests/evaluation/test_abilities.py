@@ -18,6 +18,7 @@ from agl_trl.miniworld import load_model, load_tokenizer, task_dataset
 from agl_trl.modeling import likelihood
 from agl_trl.modeling.generation import generate_answers
 from agl_trl.modeling.likelihood import log_likelihoods
+from tests.helpers.models import scripted_model, thinking_tokenizer
 
 
 @pytest.fixture(scope="module")
@@ -240,6 +241,25 @@ def test_likelihoods_that_are_no_numbers_are_in_no_figure(files):
     sets = [load_ability(str(files / name)) for name in ("cities.jsonl", "notes.txt")]
     for one in measure_abilities(model, load_tokenizer(), sets, progress=False):
         assert one.total == 0 and one.unmeasured > 0 and one.answers == []
+
+
+def test_answers_that_are_nothing_but_unfinished_reasoning_are_in_no_figure():
+    """A base model that answers both questions, and a tuned one that thinks about the first until it is cut."""
+    tokenizer = thinking_tokenizer("alpha", "beta", "Paris", "gamma")
+    tokenizer.chat_template = None
+    base = scripted_model(tokenizer, "beta", "Paris")
+    alpha, paris = tokenizer.convert_tokens_to_ids(["alpha", "Paris"])
+    base.get_output_embeddings().weight.data[paris, alpha] = 1.0
+    tuned = scripted_model(tokenizer, "beta", "Paris", tokenizer.eos_token, "alpha", "<think>", "gamma")
+    rows = [ExactMatch("alpha", "Paris"), ExactMatch("beta", "Paris")]
+    one = AbilitySet("facts", "exact match", rows, [4, 7], "facts.jsonl", 9)
+    (found,) = measure_abilities(tuned, tokenizer, [one], base=base, progress=False)
+    assert (found.total, found.unmeasured, found.lost) == (1, 1, 0)
+    assert [entry["row"] for entry in found.answers] == [7] and found.answers[0]["answer_tuned"] == "Paris"
+    (back,) = measure_abilities(base, tokenizer, [one], base=tuned, progress=False)
+    assert (back.total, back.unmeasured) == (1, 1), "unfinished on either side"
+    (whole,) = measure_abilities(base, tokenizer, [one], base=base, progress=False)
+    assert (whole.total, whole.unmeasured) == (2, 0) and whole.tuned.all()
 
 
 def test_row_that_the_model_can_not_read_is_told_before_any_is_measured(moved):

@@ -8,6 +8,7 @@ from datasets import Dataset
 from peft import LoraConfig, get_peft_model
 from scipy.stats import binomtest
 
+from agl_trl.evaluation.answer_cache import AnswerCache
 from agl_trl.evaluation.behaviour import measure_behaviour
 from agl_trl.evaluation.rates import Rate
 from agl_trl.modeling.lora import adapted_layers
@@ -89,3 +90,35 @@ def test_a_prompt_that_cannot_be_asked_is_named_before_any_is_answered(tokenizer
     with pytest.raises(ValueError) as raised:
         measure_behaviour(model, tokenizer, rows, progress=False)
     assert str(raised.value) == sentence
+
+
+def test_a_reference_answer_that_does_not_fit_is_named_before_any_is_answered(tokenizer, tmp_path):
+    rows = [
+        {"prompt": [{"role": "user", "content": "hi"}], "completion": [{"role": "assistant", "content": text}]}
+        for text in ("yes", "y" * 130)
+    ]
+    model = get_peft_model(tiny_model("gpt2"), LoraConfig(target_modules=["c_attn"]))
+    store = AnswerCache(tmp_path / "answers.jsonl", "")
+    with pytest.raises(
+        ValueError, match=r"Row 1 has 136 tokens, and the model reads 128: shorten or remove the row\."
+    ):
+        measure_behaviour(model, tokenizer, Dataset.from_list(rows), store=store, progress=False)
+    assert not store.answers and not store.path.exists()
+
+
+@pytest.mark.parametrize(("question", "answer"), [(1100, 20), (900, 300)])
+def test_reference_answers_are_read_whole_as_far_as_the_model_reads(question, answer, tokenizer):
+    row = {
+        "prompt": [{"role": "user", "content": "ask " * (question // 4)}],
+        "completion": [{"role": "assistant", "content": "say " * (answer // 4)}],
+    }
+    model = adapted(0.5)
+    found = measure_behaviour(model, tokenizer, Dataset.from_list([row]), max_new_tokens=1, progress=False)
+    whole = tokenizer.apply_chat_template(row["prompt"] + row["completion"], return_dict=True)["input_ids"]
+    asked = tokenizer.apply_chat_template(row["prompt"], add_generation_prompt=True, return_dict=True)["input_ids"]
+    ids = torch.tensor([whole])
+    labels = ids.clone()
+    labels[0, : len(asked)] = -100
+    with torch.no_grad():
+        expected = model(input_ids=ids, labels=labels).loss.item()
+    assert len(whole) > 1024 and found.nll_tuned.tolist() == pytest.approx([expected], rel=1e-5)

@@ -50,7 +50,7 @@ def test_prompts_left_out_are_in_no_count(models):
     looks = iter([False, True])
     seen = []
 
-    def certain(refused_base, refused_tuned, asked):
+    def certain(refused_base, refused_tuned, asked, unfinished):
         seen.append(int(asked.sum()))
         return next(looks)
 

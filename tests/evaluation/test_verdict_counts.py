@@ -1,9 +1,15 @@
 """A report tells how many verdicts are uncertain, and how many answers were cut off."""
 
+from functools import partial
+
 import pytest
 import torch
+from datasets import Dataset
 
+from agl_trl.drift.gate import certain_already, judge
 from agl_trl.drift.report import DriftReport
+from agl_trl.drift.thresholds import Condition
+from agl_trl.drift.verdict import Outcome
 from agl_trl.evaluation.behaviour import measure_behaviour
 from agl_trl.evaluation.refusal import Verdict
 from agl_trl.evaluation.verdict_counts import verdict_counts, verdict_notes
@@ -55,3 +61,27 @@ def test_a_template_that_opens_the_reasoning_is_seen_from_prompt_to_report(tmp_p
     read = DriftReport.from_pretrained(tmp_path)
     assert read.behaviour.metadata["verdicts"] == behaviour.metadata["verdicts"]
     assert (f"({total} while reasoning)" in read.summary()) == bool(opens) and "uncertain verdicts" in read.summary()
+    for figure in ("refusal_drop", "over_refusal_rise"):
+        (rule,) = judge(read, [Condition(figure, ">", 0.99)]).rules
+        assert rule.outcome is (Outcome.FAIL if opens else Outcome.PASS), "what nobody answered is no rate"
+        if opens:
+            assert rule.sentence == (
+                f"{figure} is not measured: of 7 answers 7 before and 7 after were cut off while reasoning; "
+                "raise `--max-new-tokens`."
+            )
+
+
+@pytest.mark.parametrize("opens", ["", "<think>\n"])
+def test_rates_of_which_nothing_is_measured_are_not_certain_to_pass(opens):
+    """Asked batch by batch, as `--sequential` does; a base model that refuses nothing has no refusals to lose."""
+    tokenizer = byte_tokenizer()
+    tokenizer.chat_template = tokenizer.chat_template.replace(
+        "<assistant>{% endif %}", f"<assistant>{opens}{{% endif %}}"
+    )
+    prompts = Dataset.from_list([*probe_prompts()] * 4)
+    none = torch.empty(0)
+    conditions, report = [Condition("refusal_drop", ">", 0.5)], DriftReport([], none, none, none, none)
+    certain = partial(certain_already, report, conditions, torch.tensor(prompts["unsafe"]))
+    options = dict(max_new_tokens=3, batch_size=9, progress=False)
+    behaviour = measure_behaviour(adapted(0.0), tokenizer, prompts, certain=certain, **options)
+    assert behaviour.num_unasked == (0 if opens else 1), "of 28 answers one may be cut, and no more"

@@ -98,3 +98,12 @@ def test_hostile_rows_are_found_and_refusals_are_not():
     scores = screen_rows(model, tokenizer, Dataset.from_list(rows), directions, batch_size=32, progress=False)
     assert sorted(scores.ranked()[:20]) == [*range(20)]
     assert (scores.request[80:100] > 0).all() and (scores.score[80:100] < 0).all(), "asked for, and refused"
+
+
+def test_conversations_have_the_scores_of_prompt_and_answer(tokenizer, kinds):
+    model = tiny_model()
+    directions = learn_directions(model, tokenizer, *kinds)
+    pairs = chat_rows(5, "please do bad thing", "Yes {}")
+    chats = [{"messages": row["prompt"] + row["completion"]} for row in pairs]
+    one, other = (screen_rows(model, tokenizer, rows, directions, progress=False) for rows in (chats, pairs))
+    assert torch.equal(torch.stack(one), torch.stack(other)) and one.request.std() > 0
