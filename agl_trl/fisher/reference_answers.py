@@ -1,8 +1,8 @@
 """Reference answers: what the aligned model says on protected rows, token by token, so that others can hold to it."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from os import PathLike
 from pathlib import Path
 from typing import Any, Self
@@ -94,16 +94,26 @@ class ReferenceAnswers(PushToHubMixin):
         tokens, log_probs = [torch.empty(0)] * len(rows), [torch.empty(0)] * len(rows)
         bar = tqdm(total=len(rows), desc="Reference answers", unit="row", disable=not progress)
         with bar, evaluating(model):
-            for indices in _together(rows, range(len(rows))):
-                (batch,) = batches([rows[i] for i in indices], len(indices), pad, input_device(model))
-                logits, mask = answer_logits(model, batch)
-                for line, position in enumerate(batch.indices):
-                    index = indices[position]
-                    row = logits[line, mask[line]].float().log_softmax(-1)
-                    top = row.topk(min(TOP_K, row.shape[-1]))
-                    tokens[index], log_probs[index] = top.indices.int().cpu(), top.values.cpu()
-                bar.update(len(indices))
+            for index, row in _log_probs(model, rows, pad):
+                top = row.topk(min(TOP_K, row.shape[-1]))
+                tokens[index], log_probs[index] = top.indices.int().cpu(), top.values.cpu()
+                bar.update()
         return cls(rows, kinds, tokens, log_probs, {"base_model": describe_base(model), "pad_token_id": pad})
+
+    @torch.no_grad()
+    def measured_again(self, model: PreTrainedModel | PeftModel) -> Self:
+        """
+        These rows and tokens with the log-probabilities that another model of the same structure gives them, such as a quantised one.
+
+        Args:
+            model (`PreTrainedModel` or `PeftModel`):
+                Model at its reference weights, left as it was.
+        """
+        log_probs = [torch.empty(0)] * len(self.rows)
+        with evaluating(model):
+            for index, row in _log_probs(model, self.rows, self.metadata["pad_token_id"]):
+                log_probs[index] = row.gather(1, self.tokens[index].to(row.device, torch.int64)).cpu()
+        return replace(self, log_probs=log_probs)
 
     @property
     def behaviours(self) -> list[str]:
@@ -227,6 +237,17 @@ class ReferenceAnswers(PushToHubMixin):
         answers = [length - start for length, start in zip(lengths, starts, strict=True)]
         tokens, log_probs = (list(tensors[name].split(answers)) for name in ("tokens", "log_probs"))
         return cls(rows, metadata.pop("kinds"), tokens, log_probs, metadata)
+
+
+def _log_probs(
+    model: PreTrainedModel | PeftModel, rows: Sequence[AlignmentRow], pad_token_id: int
+) -> Iterator[tuple[int, Tensor]]:
+    """Of every row its number, and the log-probabilities of all tokens along its answer."""
+    for indices in _together(rows, range(len(rows))):
+        (batch,) = batches([rows[i] for i in indices], len(indices), pad_token_id, input_device(model))
+        logits, mask = answer_logits(model, batch)
+        for line, position in enumerate(batch.indices):
+            yield indices[position], logits[line, mask[line]].float().log_softmax(-1)
 
 
 def _together(rows: Sequence[AlignmentRow], indices: Sequence[int]) -> list[list[int]]:

@@ -104,7 +104,7 @@ def layer_change(module: BaseTunerLayer, weight: Tensor | None = None) -> LayerC
     delta = after[0] - before[0]
     if delta.norm() <= ROUNDING * before[0].norm():
         delta = torch.zeros_like(delta)
-    moved = (after[1] - before[1]).norm() > ROUNDING * before[1].norm()
+    moved = not (after[1] - before[1]).norm() <= ROUNDING * before[1].norm()  # also where it is NaN
     return LayerChange(before[0], delta, {"bias": relative_change(before[1], after[1], before[1])} if moved else {})
 
 
@@ -133,4 +133,4 @@ def _merged_change(layer: BaseTunerLayer) -> dict[str, float]:
     layer.merge()
     after = dict(layer.get_base_layer().named_parameters())
     changes = {name: relative_change(tensor, after[name], tensor) for name, tensor in before.items()}
-    return {name: change for name, change in changes.items() if change > 0}
+    return {name: change for name, change in changes.items() if change != 0}

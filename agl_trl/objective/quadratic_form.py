@@ -292,7 +292,8 @@ class RelativeDrift:
         ):
             A = torch.stack([factors[i].A for i in group.indices]).float()
             B = torch.stack([factors[i].B for i in group.indices]).float()
-            scale = (twice * share)[:, None, None]
+            # A model may be spread over several devices, and the weight lies on that of its first layer.
+            scale = (torch.as_tensor(twice, device=share.device) * share)[:, None, None]
             AX = torch.baddbmm(remainder * A, side.coordinates * excess, V.mT)
             GB = B if G is None else G.apply(B.mT).mT
             of_A, of_B = torch.bmm(scale * gram, AX), torch.bmm(GB, scale * side.gram)

@@ -7,8 +7,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
+import transformers
 from datasets import Dataset, DatasetDict, IterableDatasetDict, load_dataset
 from huggingface_hub import constants
+from packaging.version import Version
 from peft import PeftConfig
 from trl import (
     DatasetMixtureConfig,
@@ -142,6 +144,7 @@ def _run(
     trainer_options: dict[str, Any],
 ) -> None:
     dataset = load_training_rows(script_args, dataset_args, embedded_rows)
+    train_rows, eval_rows = splits_of(dataset, script_args, evaluates=training_args.eval_strategy != "no")
     alignment = None
     if script_args.alignment_dataset_name is not None:
         alignment = load_rows(
@@ -152,8 +155,8 @@ def _run(
     protect = script_args.protect if isinstance(script_args.protect, dict) else {}
     trainer = trainer_class(
         args=training_args,
-        train_dataset=dataset[script_args.dataset_train_split],
-        eval_dataset=dataset[script_args.dataset_test_split] if training_args.eval_strategy != "no" else None,
+        train_dataset=train_rows,
+        eval_dataset=eval_rows,
         alignment_dataset=alignment,
         protect={name: load_rows(place) for name, place in protect.items()},
         **model_arguments(training_args, model_args),
@@ -170,7 +173,8 @@ def _run(
     if training_args.push_to_hub:
         trainer.push_to_hub(dataset_name=script_args.dataset_name)
         trainer.accelerator.print(f"🤗 Model pushed to the Hub in {constants.ENDPOINT}/{trainer.hub_model_id}.")
-    trainer.end()
+    if Version(transformers.__version__) >= Version("5.18.0"):  # before there is no `end`; TRL's scripts ask alike
+        trainer.end()
 
 
 def load_training_rows(
@@ -196,6 +200,27 @@ def load_training_rows(
     if is_file(name):
         return DatasetDict(train=load_rows(name))
     return load_dataset(name, name=script_args.dataset_config, streaming=script_args.dataset_streaming)
+
+
+def splits_of(
+    dataset: DatasetDict | IterableDatasetDict, script_args: AGLScriptArguments, *, evaluates: bool
+) -> tuple[Any, Any]:
+    """
+    Rows to train on, and those to evaluate on where the run does.
+
+    Raises:
+        `ValueError`: If a split that is named is not there.
+    """
+    named = {"dataset_train_split": script_args.dataset_train_split}
+    if evaluates:
+        named["dataset_test_split"] = script_args.dataset_test_split
+    for option, split in named.items():
+        if split not in dataset:
+            raise ValueError(
+                f"The training rows have no split '{split}': set `{option}` to one of {', '.join(map(str, dataset))}"
+                + (", or `eval_strategy` to 'no'." if option == "dataset_test_split" else ".")
+            )
+    return dataset[script_args.dataset_train_split], dataset[script_args.dataset_test_split] if evaluates else None
 
 
 def model_arguments(training_args: Any, model_args: ModelConfig) -> dict[str, Any]:

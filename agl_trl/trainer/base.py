@@ -20,6 +20,9 @@ from .saving import SavingMixin
 class _InstalledCallback(AlignGuardCallback):
     """The callback of a trainer that saves its evidence itself, in the same commit as the adapter."""
 
+    def _withheld(self) -> list[str]:
+        return []  # its trainer chooses what it pushes
+
     def on_save(self, *args: Any, **kwargs: Any) -> None:
         pass
 

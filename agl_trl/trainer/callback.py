@@ -9,15 +9,15 @@ from peft import PeftModel
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_callback import CallbackHandler
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, HubStrategy
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, HubStrategy, SaveStrategy
 
 from ..drift.report import DriftReport
-from .checks import Rows
+from .checks import Rows, check_push, withheld
 from .config import AlignGuardConfig
 from .evidence import save_evidence, sha256_when_saved
 from .gradients import add_gradients, before_step_of_deepspeed, unscale
 from .guard import Guard
-from .resume import CheckpointState, checkpoint_state, checkpoint_statistics, resumed_from, step_of_weights
+from .resume import CheckpointState, checkpoint_state, checkpoint_statistics, is_of, resumed_from, step_of_weights
 from .trackers import call_before_trackers, calling_handler, log_report
 
 
@@ -79,6 +79,20 @@ class AlignGuardCallback(Guard, TrainerCallback):
         self._handler: CallbackHandler | None = None  # callbacks of the trainer, trackers among them
         self._metrics: dict[str, list[Tensor]] = {}
 
+    def _withheld(self) -> list[str]:
+        """Names of the files that a push must not take: the push of a trainer takes all that lies in its folder."""
+        return withheld(self.config)
+
+    def prepare(self, args: TrainingArguments, model: Any, processing_class: Any) -> None:
+        if args.push_to_hub:
+            check_push(args, self._withheld())
+        super().prepare(args, model, processing_class)
+
+    def on_push_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        check_push(args, self._withheld())  # also where nothing said before that anything would be pushed
+
     def on_init_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: Any = None, **kwargs: Any
     ) -> None:
@@ -89,13 +103,13 @@ class AlignGuardCallback(Guard, TrainerCallback):
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: Any = None, **kwargs: Any
     ) -> None:
-        if not self.layers:  # added after the trainer was built
-            self.prepare(args, model, kwargs.get("processing_class"))
+        if not is_of(model, self.layers):  # added after the trainer was built, or `model_init` has made another model
+            self.on_init_end(args, state, control, model, **kwargs)
         self._handler = calling_handler()
         if self._handler is not None:
             call_before_trackers(self._handler, self)
         self._deepspeed = AcceleratorState().deepspeed_plugin is not None
-        checkpoint, begun = self.resume_from or resumed_from(args, state), CheckpointState()
+        checkpoint, begun = self.resume_from or resumed_from(args, state, model), CheckpointState()
         if checkpoint is not None:
             self._use(checkpoint_statistics(checkpoint, self.statistics), model)
             self.layers, begun = checkpoint_state(checkpoint, model)
@@ -188,8 +202,10 @@ class AlignGuardCallback(Guard, TrainerCallback):
     ) -> None:
         pushed = args.push_to_hub and args.hub_strategy != HubStrategy.END
         step, last = state.global_step, state.global_step >= state.max_steps
+        # Which weights are the best is known after the evaluation, and then they are saved at once.
+        saved = control.should_save or (control.should_evaluate and args.save_strategy == SaveStrategy.BEST)
         # Before anybody gets it. Some front ends leave the last checkpoint as their result, and save nothing after the end.
-        if (control.should_save and (pushed or last)) or (last and self.drift_eval is not None):
+        if (saved and (pushed or last)) or (last and self.drift_eval is not None):
             self.hold(model, self._step_of(step))
         if self.drift_eval is not None and self.drift_eval.check(model, args, state, control):
             self.hold(model, self._step_of(step))
@@ -203,21 +219,22 @@ class AlignGuardCallback(Guard, TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: Any = None, **kwargs: Any
     ) -> None:
         folder = Path(args.output_dir) / f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}"
-        self._save(args, folder, self.measure(model, state, self._step_of(state.global_step)))
+        self._save(args, folder, self.measure(model, state, self._step_of(state.global_step)), [])
 
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: Any = None, **kwargs: Any
     ) -> None:
         report = self.end(args, state, model)
         report.adapter_sha256 = sha256_when_saved(model, self.layers[0].adapter)  # the user saves it after this
-        self._save(args, Path(args.output_dir), report)
+        # A checkpoint holds all: a run goes on from it, and it is not pushed where anything is withheld.
+        self._save(args, Path(args.output_dir), report, self._withheld() if args.push_to_hub else [])
         self._log_report(state, report)
 
     def _log_report(self, state: TrainerState, report: DriftReport) -> None:
         if self._handler is not None and state.is_world_process_zero:
             log_report(self._handler.callbacks, report, state.global_step)
 
-    def _save(self, args: TrainingArguments, folder: Path, report: DriftReport) -> None:
+    def _save(self, args: TrainingArguments, folder: Path, report: DriftReport, left_out: list[str]) -> None:
         if args.should_save:
             assert self.statistics is not None, "measured with them"
-            save_evidence(folder, self.statistics, self.references, report, self.layers)
+            save_evidence(folder, self.statistics, self.references, report, self.layers, left_out)

@@ -11,8 +11,9 @@ from accelerate.utils import DistributedType
 from datasets import Dataset, IterableDataset
 from peft import PeftModel
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixin, TrainingArguments
+from transformers.trainer_utils import HubStrategy
 
-from ..artifacts.files import FOLDER, write_atomically
+from ..artifacts.files import FISHER_FILE, FOLDER, REFERENCE_ANSWERS_FILE, write_atomically
 from ..data.alignment import raw_text_warning, select_rows, tokenize_row
 from ..data.rows import is_prompt_only
 from ..fisher.protected_rows import ALIGNMENT
@@ -37,6 +38,39 @@ def check_writable(args: TrainingArguments) -> None:
         probe = Path(args.output_dir) / FOLDER / "writable"
         write_atomically(probe, b"")
         probe.unlink()
+
+
+def withheld(config: AlignGuardConfig) -> list[str]:
+    """Names of the files of evidence that the options keep from the Hub; reference answers are not pushed without the statistics."""
+    names = [] if config.push_fisher else [FISHER_FILE]
+    return names if config.push_fisher and config.push_reference_answers else [*names, REFERENCE_ANSWERS_FILE]
+
+
+def check_push(args: TrainingArguments, files: list[str]) -> None:
+    """
+    Check that a push by a trainer that knows nothing of evidence, and takes all that lies in its folder, leaves files out.
+
+    Args:
+        args (`TrainingArguments`):
+            Arguments of the trainer.
+        files (`list[str]`):
+            Names of the files in `agl/`.
+
+    Raises:
+        `ValueError`: If one of them would be pushed.
+    """
+    strategy = HubStrategy(args.hub_strategy)
+    if files and args.push_to_hub and strategy in (HubStrategy.CHECKPOINT, HubStrategy.ALL_CHECKPOINTS):
+        raise ValueError(
+            f"`hub_strategy='{strategy.value}'` pushes whole checkpoints, which '{FOLDER}/{files[0]}' is a part of, and the options keep "
+            "this file from the Hub: set `hub_strategy` to 'every_save' or 'end'."
+        )
+    for name in files:
+        if (path := Path(args.output_dir) / FOLDER / name).exists():
+            raise ValueError(
+                f"The trainer would push '{path}', which the options keep from the Hub: move it elsewhere, or push the folder with "
+                "`agl-trl push`."
+            )
 
 
 def check_adapter(model: Any) -> None:

@@ -10,6 +10,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from ..fisher.statistics import FisherStatistics
 from ..modeling.lora import AdaptedLayer, adapted_layers, linear_layers
 from ..objective.quadratic_form import RelativeDrift
+from .resume import is_of, started, started_late
 from .trackers import call_before_trackers, calling_handler
 
 
@@ -38,6 +39,12 @@ class DriftCallback(TrainerCallback):
         self.layers: list[AdaptedLayer] = []
         self.drift: RelativeDrift | None = None
 
+    def on_init_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: Any = None, **kwargs: Any
+    ) -> None:
+        # Once, and before a checkpoint is loaded: the drift counts from here.
+        self.layers = started(adapted_layers(model))
+
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: Any = None, **kwargs: Any
     ) -> None:
@@ -48,10 +55,9 @@ class DriftCallback(TrainerCallback):
         handler = calling_handler()
         if handler is not None:
             call_before_trackers(handler, self)
-        self.layers = adapted_layers(model)
+        if not is_of(model, self.layers):  # added after the trainer was built, or `model_init` has made another model
+            self.layers = started_late(adapted_layers(model), self.layers, state)
         self.statistics.check_fits(model, linear_layers(model))
-        if any(layer.has_moved() for layer in self.layers) and state.global_step == 0:
-            self.layers = [layer.with_reference() for layer in self.layers]
         self.drift = self.statistics.drift_of(self.layers)
 
     def on_log(

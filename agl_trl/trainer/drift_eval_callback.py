@@ -8,7 +8,7 @@ from transformers import PreTrainedTokenizerBase, TrainerCallback, TrainerContro
 from ..modeling.lora import AdaptedLayer, with_factors
 from .drift_eval import DriftEval
 from .drift_eval_config import DriftEvalConfig
-from .resume import step_of_weights
+from .resume import is_of, started, started_late, step_of_weights
 from .trackers import call_before_trackers, calling_handler
 
 
@@ -49,21 +49,20 @@ class DriftEvalCallback(TrainerCallback):
                 "DriftEvalCallback compares a model with its adapter off, but it has none: pass `peft_config` to the trainer."
             )
         self.drift_eval.prepare(model, processing_class if self.processing_class is None else self.processing_class)
-        self.layers = with_factors(model) or []
-        if any(layer.has_moved() for layer in self.layers):  # a continued adapter; no checkpoint is loaded yet
-            self.layers = [layer.with_reference() for layer in self.layers]
 
     def on_init_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: Any = None, **kwargs: Any
     ) -> None:
         self._prepare(model, kwargs.get("processing_class"))
+        self.layers = started(with_factors(model) or [])  # no checkpoint is loaded yet
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: Any = None, **kwargs: Any
     ) -> None:
-        if self.layers is None:  # added after the trainer was built
+        # Added after the trainer was built, or `model_init` has made another model. An adapter of another method has no layers.
+        if self.layers is None or (self.layers and not is_of(model, self.layers)):
             self._prepare(model, kwargs.get("processing_class"))
-        assert self.layers is not None, "prepared"
+            self.layers = started_late(with_factors(model) or [], self.layers or [], state)
         handler = calling_handler()
         if handler is not None:
             call_before_trackers(handler, self)

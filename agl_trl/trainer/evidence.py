@@ -1,6 +1,7 @@
 """The evidence of a run: statistics, drift report and picture, next to the adapter they are about."""
 
 import hashlib
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -8,7 +9,7 @@ from peft import PeftModel, get_peft_model_state_dict
 from safetensors.torch import save
 from transformers import TrainerState
 
-from ..artifacts.files import ADAPTER_FILE, FOLDER, PICTURE_FILE, sha256
+from ..artifacts.files import ADAPTER_FILE, FISHER_FILE, FOLDER, PICTURE_FILE, REFERENCE_ANSWERS_FILE, sha256
 from ..drift.plots import plot_drift
 from ..drift.report import DriftReport
 from ..fisher.reference_answers import ReferenceAnswers
@@ -77,6 +78,7 @@ def save_evidence(
     references: ReferenceAnswers | None,
     report: DriftReport,
     layers: list[AdaptedLayer],
+    withheld: Sequence[str] = (),
 ) -> None:
     """
     Write statistics, reference answers, report and picture into the folder of an adapter.
@@ -92,13 +94,16 @@ def save_evidence(
             Report of the adapter; a hash that it lacks is taken from the file in the folder.
         layers (`list[AdaptedLayer]`):
             Layers with their references.
+        withheld (`Sequence[str]`, *optional*, defaults to `()`):
+            Names of files that are not written: statistics or reference answers that a push of the folder must not take.
     """
     name = layers[0].adapter  # PEFT saves any other than the default one in a folder of its name
     adapter = folder / ("" if name == "default" else name) / ADAPTER_FILE
     if report.adapter_sha256 is None and adapter.is_file():
         report.adapter_sha256 = sha256(adapter)
-    statistics.save_pretrained(folder)
-    if references is not None:
+    if FISHER_FILE not in withheld:
+        statistics.save_pretrained(folder)
+    if references is not None and REFERENCE_ANSWERS_FILE not in withheld:
         references.save_pretrained(folder)
     save_reference(folder, layers)
     report.save_pretrained(folder)
@@ -108,5 +113,6 @@ def save_evidence(
 def sha256_when_saved(model: PeftModel, adapter: str) -> str:
     """SHA-256 that the file of an adapter will have once PEFT has saved it; under FSDP2 all processes must ask."""
     tensors = get_peft_model_state_dict(model, adapter_name=adapter)
-    whole_tensors = {name: whole(tensor.detach()).cpu().contiguous() for name, tensor in tensors.items()}
+    # Copies: tied embeddings share their memory, which PEFT undoes and safetensors refuses.
+    whole_tensors = {name: whole(tensor.detach()).cpu().contiguous().clone() for name, tensor in tensors.items()}
     return hashlib.sha256(save(whole_tensors, metadata={"format": "pt"})).hexdigest()

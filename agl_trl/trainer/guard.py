@@ -28,9 +28,9 @@ from .config import AlignGuardConfig
 from .drift_eval import DriftEval
 from .evidence import drift_of
 from .protection import Protection
-from .reference import ReferenceTaker, published_references, translated_budget
+from .reference import ReferenceTaker, published_references, translated_budget, without_floor
 from .regularizer import Regularizer, coefficients_of
-from .resume import CheckpointState
+from .resume import CheckpointState, started
 
 
 logger = get_logger(__name__)
@@ -103,11 +103,9 @@ class Guard:
         check_processor(processing_class)
         self.tokenizer = processing_class
         check_engine(args, self.config, AcceleratorState())
-        self.layers = adapted_layers(model)
+        self.layers = started(adapted_layers(model))
         if not self.layers:
             raise ValueError("The adapter has no LoRA layer that AGL could guard.")
-        if any(layer.has_moved() for layer in self.layers):  # a continued adapter: its start is the reference
-            self.layers = [layer.with_reference() for layer in self.layers]
         if outside := trained_outside_lora(model):
             logger.warning(
                 f"AGL guards LoRA layers only; {len(outside)} other trainable tensors (such as '{outside[0]}') are free to drift."
@@ -142,18 +140,21 @@ class Guard:
     def build(self, args: TrainingArguments, model: PeftModel, train_rows: Any, begun: CheckpointState) -> None:
         """Build what every step needs; the model is at its reference weights, or the run is resumed."""
         config, task_statistics = self.config, None
+        published = self.references is not None and begun.references is None
         with at_reference(model, self.layers):  # also when the run is resumed
             anchored = self._anchored(model) and self._has_rows
             if self.tokenizer is not None:
                 taker = ReferenceTaker(config, args, model, self.tokenizer)
-                taken = self.references is not None and (begun.references is not None or not self.protect)
-                if self.statistics is None or (anchored and not taken):
-                    self._take(taker, anchored)
+                dataset, protect = self._unanswered(begun)
+                if self.statistics is None or (anchored and (dataset is not None or protect)):
+                    self._take(taker, anchored, dataset, protect)
                 if config.variant == "kfac" and coefficients_of(config).needs_task_fisher:
                     task_statistics = taker.task_statistics(train_rows)
             assert self.statistics is not None, "checked"
             if self.references is not None:
                 self.references.check_fits(model)
+                if published:
+                    self.references = without_floor(self.references, model, config)
                 if self._has_region and not is_calibrated(self.statistics):
                     progress = not args.disable_tqdm
                     calibrate(model, self.statistics, self.references, seed=args.seed, progress=progress)
@@ -184,15 +185,29 @@ class Guard:
     def _has_rows(self) -> bool:
         return self.alignment_dataset is not None or bool(self.protect) or self.references is not None
 
-    def _take(self, taker: ReferenceTaker, anchored: bool) -> None:
-        """Statistics and reference answers of the rows of this run, which are chosen and answered once."""
+    def _unanswered(self, begun: CheckpointState) -> tuple[Rows | None, dict[str, Rows]]:
+        """Alignment rows and other ones that have no reference answers yet; those of a checkpoint are not taken again."""
+        there = [] if self.references is None else self.references.behaviours
+        kept = [] if begun.references is None else begun.references.behaviours
+        others = {name: rows for name, rows in self.protect.items() if name not in kept}
+        return None if ALIGNMENT in there else self.alignment_dataset, others
+
+    def _num_refusals(self, anchored: bool) -> int | None:
+        """As many rows to refuse as statistics or reference answers take, whichever are more; the statistics draw theirs from these."""
+        read, kept = self.config.fisher_num_samples, self.config.num_reference_answers
+        if not anchored:
+            return read
+        return None if read is None or kept is None else max(read, kept)
+
+    def _take(self, taker: ReferenceTaker, anchored: bool, dataset: Rows | None, protect: dict[str, Rows]) -> None:
+        """Statistics and reference answers of rows of this run, which are chosen and answered once."""
         refusals = []
-        if self.alignment_dataset is not None:
-            refusals = taker.answered(self.alignment_dataset, self.config.fisher_num_samples, unsafe=True)
+        if dataset is not None:
+            refusals = taker.answered(dataset, self._num_refusals(anchored), unsafe=True)
         if self.statistics is None:
             self.statistics = taker.statistics(refusals)
         if anchored:
-            own = taker.references(refusals, self.alignment_dataset, self.protect)
+            own = taker.references(refusals, dataset, protect)
             self.references = own if self.references is None else self.references.joined(own)
 
     def _drift_budget(self) -> float | None:

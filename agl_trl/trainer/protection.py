@@ -50,13 +50,7 @@ class Protection:
         self.anchor = Anchor(references, config.anchor_every, config.anchor_batch_size, seed)
         self.scale: float | None = None  # by which the update was shrunk at the end
         self.measured: dict[str, Any] = {}  # of all rows, at the end
-        given = config.kl_budgets if isinstance(config.kl_budgets, dict) else {}
-        if unknown := {*given} - {*self.behaviours}:
-            raise ValueError(
-                f"`kl_budgets` names '{min(unknown)}', but what is protected is {', '.join(self.behaviours)}."
-            )
-        budget = config.kl_budget
-        self.budgets = {} if budget is None else {name: given.get(name, budget) for name in self.behaviours}
+        self.budgets = budgets_of(config, self.behaviours)
 
     def forget(self) -> None:
         """What was measured at the end of an earlier training is of other weights."""
@@ -159,6 +153,20 @@ class Protection:
         measured = self.measured if _known(self.measured) else {}
         behaviours = {name: {"budget": self.budgets.get(name), **measured.get(name, {})} for name in self.behaviours}
         return {"behaviours": behaviours, "scale": self.scale}
+
+
+def budgets_of(config: AlignGuardConfig, behaviours: list[str]) -> dict[str, float]:
+    """
+    KL budget of every protected behaviour; none without a `kl_budget`.
+
+    Raises:
+        `ValueError`: If one is given for what is not protected.
+    """
+    given = config.kl_budgets if isinstance(config.kl_budgets, dict) else {}
+    if unknown := {*given} - {*behaviours}:
+        raise ValueError(f"`kl_budgets` names '{min(unknown)}', but what is protected is {', '.join(behaviours)}.")
+    budget = config.kl_budget
+    return {} if budget is None else {name: given.get(name, budget) for name in behaviours}
 
 
 def scaling(layers: list[AdaptedLayer]) -> Callable[[float], None]:

@@ -4,8 +4,10 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
 from accelerate.logging import get_logger
 from accelerate.state import AcceleratorState
+from accelerate.utils import broadcast
 from peft import PeftModel
 from transformers import PreTrainedTokenizerBase, TrainingArguments
 
@@ -22,9 +24,11 @@ from ..fisher.statistics import FisherStatistics
 from ..modeling.generation import answered_by
 from .checks import Rows
 from .config import DEFAULT_DRIFT_BUDGET, AlignGuardConfig
+from .protection import budgets_of
 
 
 logger = get_logger(__name__)
+FLOOR = 0.1  # share of a KL budget that may be spent before any training
 
 
 class ReferenceTaker:
@@ -120,6 +124,36 @@ def published_references(location: str) -> ReferenceAnswers | None:
         logger.warning(f"No reference answers: {error} The relative drift alone holds the model to what it was.")
         return None
     return ReferenceAnswers.from_pretrained(path)
+
+
+@torch.no_grad()
+def without_floor(references: ReferenceAnswers, model: PeftModel, config: AlignGuardConfig) -> ReferenceAnswers:
+    """
+    Published reference answers as they are, or, where the model at hand differs so much from them that it spends a budget before
+    any training, with its own log-probabilities for the same rows and tokens, which is told. A quantised base does: no update could
+    bring its KL to zero, and the trust region would close over what costs nothing.
+
+    Args:
+        references ([`ReferenceAnswers`]):
+            Answers that fit the model.
+        model (`PeftModel`):
+            Model at its reference weights.
+        config ([`AlignGuardConfig`]):
+            What is switched on.
+    """
+    budgets = budgets_of(config, references.behaviours)
+    if not budgets:
+        return references
+    kl = broadcast(references.kl(model)[:, 0].float().contiguous()).cpu()  # all processes must choose alike
+    spent = {name: kl[references.where(name)].mean().item() / budget for name, budget in budgets.items()}
+    most = max(spent, key=lambda name: spent[name])
+    if not spent[most] > FLOOR:
+        return references
+    logger.warning(
+        f"Before any training this model differs from the published reference answers by {spent[most]:.0%} of the KL budget of "
+        f"'{most}', as a quantised one does: its own probabilities for the same rows are held in their place."
+    )
+    return references.measured_again(model)
 
 
 def translated_budget(statistics: FisherStatistics, kl_budget: float) -> float:

@@ -196,3 +196,16 @@ def test_what_a_file_must_not_hold_is_told(taken, tmp_path, damage, sentence):
     save_tensors(path, tensors, metadata)
     with pytest.raises(ArtifactError, match=f"^The reference answers in '.*' can't be used, .*{sentence}.*\\.$"):
         ReferenceAnswers.from_pretrained(path)
+
+
+def test_measured_again_they_are_the_same_rows_of_another_model(taken):
+    """Row for row: what the other model gives the kept tokens; its KL to them is then zero."""
+    model, references = taken
+    again = references.measured_again(model)
+    assert again.rows == references.rows and again.kinds == references.kinds and again.metadata == references.metadata
+    assert again.kl(model).abs().max() < 1e-6 < references.kl(model).min()
+    for row, tokens, before, after in zip(
+        references.rows, references.tokens, again.tokens, again.log_probs, strict=True
+    ):
+        assert torch.equal(tokens, before)
+        torch.testing.assert_close(after.double(), dense(model, row).gather(1, tokens.long()), rtol=1e-4, atol=1e-5)

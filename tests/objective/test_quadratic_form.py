@@ -1,5 +1,7 @@
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.overrides import TorchFunctionMode
 
 from agl_trl.objective.covariance import LowRankCovariance
 from agl_trl.objective.quadratic_form import (
@@ -94,3 +96,45 @@ def test_layers_that_read_one_input_keep_one_copy_of_its_eigenvectors():
     assert groups[0].kept.input.eigenvectors.dtype == torch.bfloat16
     apart = [LayerMetric(LowRankCovariance(*(t.float() for t in m.input)), None, m.weight_norm) for m in metrics]
     assert torch.equal(RelativeDrift(groups)(factors), RelativeDrift(grouped(apart, factors))(factors))
+
+
+class _Indexing(TorchFunctionMode):
+    """Indices by other operations: the usual one asks a driver, which a CPU has none of."""
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        if func is not torch.Tensor.__getitem__:
+            return func(*args, **(kwargs or {}))
+        tensor, index = args
+        dim = 0
+        for part in index if isinstance(index, tuple) else (index,):
+            if isinstance(part, int):
+                tensor = tensor.select(dim, part)
+                continue
+            if part is None:
+                tensor = tensor.unsqueeze(dim)
+            elif isinstance(part, torch.Tensor):
+                tensor = tensor.index_select(dim, part)
+            dim += 1
+        return tensor
+
+
+@pytest.mark.parametrize("of_first_layer", [True, False])
+def test_gradients_of_layers_on_several_devices(of_first_layer):
+    """Tensors without numbers, which refuse to be put together from two devices, as real ones do."""
+    devices = ["cuda:0", "cuda:1", "cuda:0", "cuda:1"]
+    with FakeTensorMode(), _Indexing():
+        factors, metrics = [], []
+        for device in devices:
+            X = LowRankCovariance(
+                torch.rand(14, 5, device=device), torch.rand(5, device=device), torch.rand((), device=device)
+            )
+            metrics.append(LayerMetric(X, None, torch.rand((), device=device)))
+            factors.append(LoraFactors(torch.rand(3, 14, device=device), torch.rand(10, 3, device=device), 0.5))
+        drift = RelativeDrift(grouped(metrics, factors))
+        inputs, outputs = drift.input_sides(factors), drift.output_grams(factors)
+        value = drift.value(inputs, outputs).mean()
+        weight = torch.ones((), device=value.device) if of_first_layer else 1.0
+        gradients = drift.gradients(factors, inputs, outputs, weight)
+    assert value.device == torch.device("cuda:0")
+    assert [str(gradient.device) for gradient in gradients] == [d for device in devices for d in (device, device)]
+    assert [gradient.shape for gradient in gradients[:2]] == [(3, 14), (10, 3)]

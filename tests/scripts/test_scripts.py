@@ -7,9 +7,11 @@ import sys
 from pathlib import Path
 
 import pytest
+import transformers
 import yaml
 from datasets import Dataset
 from peft import LoraConfig
+from transformers import Trainer
 from trl import SFTConfig, SFTTrainer
 
 from agl_trl import DriftCallback, DriftReport, estimate_fisher
@@ -94,6 +96,14 @@ def test_misspelt_key_stops_the_run(tmp_path, monkeypatch, capsys):
         (("--dataset_name", "nowhere.csv"), "Can't read rows from 'nowhere.csv'"),
         (("--fisher_path", "nowhere"), "nowhere"),
         (("--use_peft", "false"), "there is none: pass `peft_config"),
+        (
+            ("--dataset_train_split", "training"),
+            "The training rows have no split 'training': set `dataset_train_split` to one of train, test.",
+        ),
+        (
+            ("--dataset_test_split", "validation", "--eval_strategy", "steps"),
+            "no split 'validation': set `dataset_test_split` to one of train, test, or `eval_strategy` to 'no'.",
+        ),
     ],
 )
 def test_failure_is_one_sentence(arguments, sentence, tmp_path, monkeypatch):
@@ -102,6 +112,16 @@ def test_failure_is_one_sentence(arguments, sentence, tmp_path, monkeypatch):
     with pytest.raises(SystemExit) as stopped:
         sft.main(*training.parse(sft.make_parser()))
     assert sentence in stopped.value.code and "\n" not in stopped.value.code  # what Python prints, and exit code 1
+
+
+def test_a_trainer_of_before_there_was_an_end_ends_too(tmp_path, monkeypatch, capsys):
+    """As transformers 5.17, which these stand for."""
+    monkeypatch.delattr(Trainer, "end")
+    monkeypatch.setattr(transformers, "__version__", "5.17.0")
+    config = ("--config", str(CONFIGS / "miniworld_sft.yaml"), "--output_dir", str(tmp_path / "out"))
+    monkeypatch.setattr(sys, "argv", ["sft.py", *config, "--max_steps", "1", "--num_reference_answers", "4"])
+    sft.main(*training.parse(sft.make_parser()))
+    assert "Training completed" in capsys.readouterr().out
 
 
 def test_model_and_rows_from_local_folders_and_files(tmp_path, tokenizer):

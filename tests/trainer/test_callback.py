@@ -1,10 +1,12 @@
 """The callback by itself: in a plain `Trainer` and in TRL's reward trainer, with all that it logs, saves and resumes."""
 
+import re
+
 import pytest
 import torch
 from accelerate.optimizer import AcceleratedOptimizer
 from datasets import Dataset
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict
 from transformers import (
     DataCollatorForLanguageModeling,
     LlamaConfig,
@@ -14,8 +16,19 @@ from transformers import (
 )
 from trl import RewardConfig, RewardTrainer
 
-from agl_trl import AlignGuardCallback, AlignGuardConfig, DriftReport, FisherStatistics, estimate_fisher
+from agl_trl import (
+    AlignGuardCallback,
+    AlignGuardConfig,
+    DriftCallback,
+    DriftEvalCallback,
+    DriftEvalConfig,
+    DriftReport,
+    FisherStatistics,
+    estimate_fisher,
+)
 from agl_trl.artifacts.files import ArtifactError, sha256
+from agl_trl.modeling.lora import adapted_layers
+from agl_trl.trainer.evidence import sha256_when_saved
 from agl_trl.trainer.gradients import add_gradients, unscale
 from tests.helpers.models import SMALL, preference_rows, tiny_model
 from tests.helpers.training import COMMON, adapter_of, logged, lora
@@ -105,6 +118,139 @@ def test_a_checkpoint_that_is_elsewhere_is_asked_for(tmp_path, tokenizer, rows, 
     with pytest.raises(ArtifactError, match="goes on at step 2, but there is no checkpoint '.*checkpoint-2'"):
         build().train(resume_from_checkpoint=str(moved))
     build(resume_from_checkpoint=str(moved)).train(resume_from_checkpoint=str(moved))
+
+
+def test_a_checkpoint_of_another_run_is_not_taken_for_the_one_that_it_goes_on_from(
+    tmp_path, tokenizer, rows, alignment_rows
+):
+    def build(folder, **options):
+        guard = AlignGuardCallback(alignment_dataset=alignment_rows, processing_class=tokenizer)
+        return plain_trainer(tmp_path / folder, tokenizer, rows, guard, save_strategy="steps", save_steps=2, **options)
+
+    build("old").train()
+    build("own", seed=1).train()
+    old = str(tmp_path / "old" / "checkpoint-2")
+    with pytest.raises(ArtifactError, match="at step 2, but checkpoint '.*own/checkpoint-2' holds another adapter"):
+        build("own").train(resume_from_checkpoint=old)
+    build("own", resume_from_checkpoint=old).train(resume_from_checkpoint=old)
+
+
+def in_repo(online, name) -> set[str]:
+    return {path for path in online.list_repo_files(name) if path.startswith("agl/") or "/agl/" in path}
+
+
+ROWS, STATISTICS = "agl/reference_answers.safetensors", "agl/fisher.safetensors"
+
+
+@pytest.mark.parametrize(("option", "gone"), [("push_reference_answers", {ROWS}), ("push_fisher", {ROWS, STATISTICS})])
+def test_a_plain_trainer_does_not_push_what_the_options_keep(
+    option, gone, online, tmp_path, tokenizer, rows, alignment_rows
+):
+    def build(**changes):
+        config = AlignGuardConfig(kl_budget=0.02, **{option: False})
+        guard = AlignGuardCallback(config, alignment_dataset=alignment_rows, processing_class=tokenizer)
+        pushed = dict(
+            push_to_hub=True, hub_model_id="alice/run", hub_always_push=True, save_strategy="steps", save_steps=2
+        )
+        return plain_trainer(tmp_path / "run", tokenizer, rows, guard, **pushed | changes), guard
+
+    trainer, guard = build()
+    trainer.train()
+    trainer.push_to_hub()
+    assert in_repo(online, "alice/run") == {ROWS, STATISTICS, "agl/drift.safetensors", "agl/drift.png"} - gone
+    for name in (ROWS, STATISTICS):
+        assert (tmp_path / "run" / "checkpoint-2" / name).is_file(), "a run goes on from it"
+    ends = adapter_of(trainer), guard.report.metadata
+    resumed, again = build()
+    resumed.train(resume_from_checkpoint=str(tmp_path / "run" / "checkpoint-2"))
+    assert all(torch.equal(a, b) for a, b in zip(ends[0].values(), adapter_of(resumed).values(), strict=True))
+    assert again.report.metadata == ends[1]
+    with pytest.raises(
+        ValueError, match=r"^`hub_strategy='checkpoint'` pushes whole checkpoints, .* 'every_save' or 'end'\.$"
+    ):
+        build(hub_strategy="checkpoint")
+    # A run that nobody meant to push leaves them, and they are not pushed by a later one.
+    alone, _ = build(push_to_hub=False)
+    alone.train()
+    kept = re.escape(str(tmp_path / "run" / (ROWS if option == "push_reference_answers" else STATISTICS)))
+    for push in (build, alone.push_to_hub):
+        with pytest.raises(
+            ValueError, match=rf"^The trainer would push '{kept}', which the options keep from the Hub"
+        ):
+            push()
+
+
+def test_a_model_that_is_made_again_at_every_training_is_the_one_that_is_guarded(
+    tmp_path, tokenizer, rows, alignment_rows
+):
+    """As hyperparameter searches do, by `model_init`."""
+    statistics = estimate_fisher(tiny_model(), alignment_rows, tokenizer, progress=False)
+    config = AlignGuardConfig(drift_budget=1e-4)
+    guard = AlignGuardCallback(config, alignment_dataset=alignment_rows, processing_class=tokenizer)
+    watch = DriftEvalCallback(DriftEvalConfig(drift_eval_steps=2, drift_eval_prompts="miniworld", drift_eval_limit=4))
+    trainer = Trainer(
+        args=TrainingArguments(str(tmp_path), **COMMON | dict(learning_rate=3e-2)),
+        model_init=lambda: get_peft_model(tiny_model(), lora()),
+        train_dataset=rows,
+        data_collator=DataCollatorForLanguageModeling(tokenizer, mlm=False),
+        processing_class=tokenizer,
+        callbacks=[guard, DriftCallback(statistics), watch],
+    )
+    for _ in range(2):
+        trainer.train()
+        drift = guard.statistics.relative_drift(trainer.model).values()
+        mean = sum(drift) / len(drift)
+        assert 0.5e-4 < mean <= 1e-4 and guard.report.mean_relative_drift == pytest.approx(mean, rel=1e-5)
+        assert [entry["agl/relative_drift"] > 0 for entry in logged(trainer) if "loss" in entry][1:] == [True] * 3
+        modules = {*trainer.model.modules()}
+        assert guard.layers[0].module in modules and watch.layers[0].module in modules
+
+
+def test_the_measured_drift_counts_from_where_a_continued_adapter_was_when_its_trainer_was_built(
+    tmp_path, tokenizer, rows, alignment_rows
+):
+    """Whether the run is resumed, trained on, or its model made again."""
+    statistics = estimate_fisher(tiny_model(), alignment_rows, tokenizer, progress=False)
+
+    def continued():
+        model = get_peft_model(tiny_model(), lora())
+        torch.manual_seed(1)
+        for name, parameter in model.named_parameters():
+            if "lora_B" in name:
+                torch.nn.init.normal_(parameter, std=0.1)
+        return model
+
+    def run(again=False, **model):
+        trainer = Trainer(
+            args=TrainingArguments(str(tmp_path), **COMMON | dict(save_strategy="steps", save_steps=2)),
+            train_dataset=rows,
+            data_collator=DataCollatorForLanguageModeling(tokenizer, mlm=False),
+            callbacks=[callback := DriftCallback(statistics)],
+            **model,
+        )
+        trainer.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2") if again else None)
+        for layer, start in zip(callback.layers, adapted_layers(continued()), strict=True):
+            assert torch.equal(layer.reference.A, start.parameters()[0])
+            assert torch.equal(layer.reference.B, start.parameters()[1])
+        return trainer, [entry["agl/relative_drift"] for entry in trainer.state.log_history if "loss" in entry]
+
+    trainer, drifts = run(model=continued())
+    assert drifts == sorted(drifts) and 0 < drifts[0] < 0.5 * drifts[-1]
+    trainer.train()
+    on = [entry["agl/relative_drift"] for entry in trainer.state.log_history if "loss" in entry]
+    assert min(on) > drifts[1], "not from where the first training ended"
+    drifts = run(model=continued())[1]
+    assert run(again=True, model=continued())[1] == drifts
+    assert run(again=True, model_init=continued)[1][2] > drifts[1]
+
+
+def test_hash_before_saving_is_that_of_the_file_also_of_tied_embeddings(tmp_path):
+    config = lora(target_modules=["q_proj"], modules_to_save=["embed_tokens"], ensure_weight_tying=True)
+    model = get_peft_model(tiny_model(tie_word_embeddings=True), config)
+    tensors = get_peft_model_state_dict(model).values()
+    assert len({tensor.data_ptr() for tensor in tensors}) < len(tensors), "they share their memory"
+    model.save_pretrained(tmp_path)
+    assert sha256_when_saved(model, "default") == sha256(tmp_path / "adapter_model.safetensors")
 
 
 def test_reward_trainer_is_protected_and_leaves_its_evidence(tmp_path, tokenizer, alignment_rows):

@@ -232,6 +232,24 @@ def test_last_checkpoint_holds_the_budget_as_the_end_does(tmp_path, tokenizer, o
     assert kept["behaviours"]["alignment"]["kl"] == pytest.approx(kl[10], rel=1e-4)
 
 
+def test_the_best_weights_at_the_last_step_hold_the_budget_too(tmp_path, tokenizer, opposite_rows, mixed_rows):
+    """They are known to be the best after the step has ended, and are saved at once."""
+    best = dict(save_strategy="best", metric_for_best_model="loss", eval_strategy="steps", eval_steps=10)
+    trainer = AGLSFTTrainer(
+        telling_model(),
+        AGLSFTConfig(str(tmp_path), kl_budget=0.02, **COMMON | UNHELD | best),
+        train_dataset=opposite_rows,
+        eval_dataset=opposite_rows,
+        processing_class=tokenizer,
+        peft_config=lora(),
+        alignment_dataset=mixed_rows,
+    )
+    trainer.train()
+    assert trainer.align_guard.protection.scale < 1
+    loaded = PeftModel.from_pretrained(telling_model(), tmp_path / "checkpoint-10")
+    assert trainer.align_guard.references.kl(loaded)[:, 0].mean().item() <= 0.02
+
+
 def test_a_continued_adapter_is_drawn_back_to_where_it_started(tmp_path, tokenizer, opposite_rows, mixed_rows):
     model, _ = moved_model(tokenizer, 0.02)
     start = adapter_of_model(model)
@@ -316,3 +334,29 @@ def test_resumed_run_ends_bit_identical_and_an_interrupted_one_leaves_its_answer
         ends = [sha256(tmp_path / run / "agl" / f"{file}.safetensors") for run in ("whole", "interrupted")]
         assert ends[0] == ends[1], file
     assert FisherStatistics.from_pretrained(checkpoint).metadata["kl_curve"]
+
+
+def test_rows_that_a_resumed_run_adds_are_answered_at_the_reference_and_held(
+    tmp_path, tokenizer, opposite_rows, mixed_rows
+):
+    def build(protect):
+        options = dict(learning_rate=3e-2, kl_budget=0.02, save_strategy="steps", save_steps=3, max_steps=6)
+        return agl_trainer(tmp_path, tokenizer, opposite_rows, mixed_rows, telling_model(), protect=protect, **options)
+
+    build({"chat": chat_rows(3, "say", "well, {}")}).train()
+    kept = ReferenceAnswers.from_pretrained(tmp_path / "checkpoint-3")
+    changed = {
+        "chat": chat_rows(2, "oh", "no, {}"),
+        "text": [{"text": f"It was a dark night, {i}."} for i in range(4)],
+    }
+    resumed = build(changed)
+    resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-3"))
+    guard = resumed.align_guard
+    assert guard.references.behaviours == ["alignment", "chat", "text"]
+    assert guard.references.rows[:13] == kept.rows, "the others go on as they were"
+    assert all(map(torch.equal, guard.references.log_probs[:13], kept.log_probs))
+    assert len(guard.references.where("text")) == 4
+    with at_reference(resumed.model, guard.layers), torch.no_grad():
+        assert guard.references.kl(resumed.model).abs().max() < 1e-5
+    assert {*guard.protection.measured} == {"alignment", "chat", "text"}
+    assert all(0 < of["kl"] <= 0.02 for of in guard.protection.measured.values())

@@ -10,9 +10,12 @@ from peft import LoraConfig
 from transformers import LlamaConfig, LlamaForSequenceClassification
 from trl import RewardConfig, RewardTrainer
 
-from agl_trl import AlignGuardCallback, AlignGuardConfig, DriftReport, FisherStatistics
+from agl_trl import AlignGuardCallback, AlignGuardConfig, DriftReport, FisherStatistics, estimate_fisher
 from agl_trl.artifacts.files import sha256
+from agl_trl.data.alignment import tokenize_rows
 from agl_trl.fisher.calibration import drift_at
+from agl_trl.fisher.reference_answers import ReferenceAnswers
+from agl_trl.modeling.lora import at_reference
 from agl_trl.trainer.config import DEFAULT_DRIFT_BUDGET
 from tests.helpers.models import SMALL, chat_rows, preference_rows
 from tests.helpers.training import COMMON, agl_trainer, telling_model
@@ -61,6 +64,25 @@ def test_behaviours_have_budgets_and_log_lines_of_their_own(tmp_path, tokenizer,
     for suffix in ("", "_text", "_chat"):
         for term in ("kl", "kl_step", "kl_first_tokens"):
             assert [f"agl/{term}{suffix}" in entry for entry in steps] == [True, False] * 4
+
+
+def test_all_rows_may_be_kept_where_the_statistics_read_fewer(tmp_path, tokenizer, opposite_rows):
+    """The statistics are of the rows that they would be of without the others."""
+    rows = chat_rows(20, "please do bad thing", "Sorry, no {}.")
+    taken = {}
+    for name, kept in (("few", 4), ("many", 12), ("all", None)):
+        options = dict(fisher_num_samples=6, num_reference_answers=kept, max_steps=1)
+        taken[name] = ended(tmp_path / name, tokenizer, opposite_rows, rows, **options)
+    assert {name: len(t.align_guard.references.rows) for name, t in taken.items()} == {"few": 4, "many": 12, "all": 20}
+    guard = taken["all"].align_guard
+    assert sorted(r.input_ids for r in guard.references.rows) == sorted(
+        r.input_ids for r in tokenize_rows(rows, tokenizer)
+    )
+    seed = taken["all"].args.seed
+    six = estimate_fisher(telling_model(), rows, tokenizer, num_samples=6, seed=seed, progress=False)
+    assert guard.statistics.num_tokens == six.num_tokens
+    for name in six.inputs:
+        torch.testing.assert_close(guard.statistics.inputs[name].trace(), six.inputs[name].trace())
 
 
 CHAT = {"chat": chat_rows(3, "tell me", "well, {}")}
@@ -134,6 +156,46 @@ def test_published_answers_are_held_beside_own_behaviours(tmp_path, tokenizer, o
     again = dict(fisher_path=str(tmp_path), kl_budget=0.01, protect={"chat": chat_rows(2, "say", "oh, {}")})
     replaced = ended(tmp_path / "again", tokenizer, opposite_rows, None, **again).align_guard.references
     assert replaced.behaviours == ["alignment", "chat"] and len(replaced.where("chat")) == 2
+
+
+def coarse_model():
+    """The model of the published answers with its weights in few steps, as a quantised one."""
+    model = telling_model()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            step = parameter.abs().max() / 12
+            parameter.copy_((parameter / step).round() * step)
+    return model
+
+
+def test_published_answers_of_another_precision_are_measured_again(
+    tmp_path, tokenizer, opposite_rows, published, caplog
+):
+    """Else the budget is spent before any training, and the region closes over what costs nothing."""
+    there = ReferenceAnswers.from_pretrained(published)
+    with torch.no_grad():
+        floor = there.kl(coarse_model().eval())[:, 0].mean().item()
+    budget = floor / 3
+    options = dict(fisher_path=str(published), kl_budget=budget, anchor_every=1, **FAST)
+    trainer = agl_trainer(tmp_path, tokenizer, opposite_rows, None, coarse_model(), **options)
+    with caplog.at_level(logging.WARNING):
+        trainer.train()
+    told = [record.message for record in caplog.records if "its own probabilities for the same rows" in record.message]
+    assert len(told) == 1 and "\n" not in told[0] and "by 300% of the KL budget of 'alignment'" in told[0]
+    references = trainer.align_guard.references
+    assert references.rows == there.rows and references.kinds == there.kinds
+    assert all(map(torch.equal, references.tokens, there.tokens))
+    with at_reference(trainer.model, trainer.align_guard.layers), torch.no_grad():
+        assert references.kl(trainer.model).abs().max() < 1e-5
+    limits = [e["agl/drift_limit"] for e in trainer.state.log_history if "agl/drift_limit" in e]
+    assert limits[-1] > 0.1 * limits[0] and trainer.drift_report().mean_relative_drift > 0.1 * limits[0]
+    assert 0 < trainer.align_guard.protection.measured["alignment"]["kl"] <= budget
+    near = agl_trainer(
+        tmp_path / "near", tokenizer, opposite_rows, None, coarse_model(), **options | dict(kl_budget=11 * floor)
+    )
+    near.train()
+    assert all(map(torch.equal, near.align_guard.references.log_probs, there.log_probs))
+    assert sum("its own probabilities" in record.message for record in caplog.records) == 1
 
 
 def without_answers(published, folder):
