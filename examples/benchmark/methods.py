@@ -150,7 +150,7 @@ METHODS = {
     "asft-0.01": Method(asft(0.01), "AsFT", PAIR),
     "spf": Method(spf_projection(), "SPF", ROWS, preferences=True),
     "spf-2": Method(spf_projection(k=2), "SPF", ROWS),
-    "spf-4": Method(spf_projection(k=4), "SPF", ROWS),
+    "spf-4": Method(spf_projection(k=4), "SPF", ROWS, preferences=True),
     "ogpsa": Method(ogpsa_projection(), "OGPSA", ROWS, preferences=True),
     "ogpsa-5": Method(ogpsa_projection(every=5), "OGPSA", ROWS),
     "ogpsa-1": Method(ogpsa_projection(every=1), "OGPSA", ROWS),
@@ -191,10 +191,12 @@ METHODS = {
     "replay-own-1": Method(replay(1.0, own=True), "replay, own answers", ROWS),
     "replay-own-5": Method(replay(5.0, own=True), "replay, own answers", ROWS),
     "lora+scans": Method(PLAIN, "plain LoRA + SCANS", ROWS, preferences=True, steer=scans),
-    "lora+scans-0.3": Method(PLAIN, "plain LoRA + SCANS", ROWS, steer=partial(scans, strength=0.3)),
+    "lora+scans-0.3": Method(PLAIN, "plain LoRA + SCANS", ROWS, preferences=True, steer=partial(scans, strength=0.3)),
     "lora+scans-3.0": Method(PLAIN, "plain LoRA + SCANS", ROWS, steer=partial(scans, strength=3.0)),
     "lora+alphasteer": Method(PLAIN, "plain LoRA + AlphaSteer", ROWS, preferences=True, steer=alphasteer),
-    "lora+alphasteer-0.3": Method(PLAIN, "plain LoRA + AlphaSteer", ROWS, steer=partial(alphasteer, strength=0.3)),
+    "lora+alphasteer-0.3": Method(
+        PLAIN, "plain LoRA + AlphaSteer", ROWS, preferences=True, steer=partial(alphasteer, strength=0.3)
+    ),
     "lora+alphasteer-3.0": Method(PLAIN, "plain LoRA + AlphaSteer", ROWS, steer=partial(alphasteer, strength=3.0)),
     "agl+scans": Method(DEFAULT, "AGL + SCANS", ROWS, preferences=True, steer=scans),
     "agl+alphasteer": Method(DEFAULT, "AGL + AlphaSteer", ROWS, preferences=True, steer=alphasteer),
@@ -208,12 +210,32 @@ METHODS = {
     "star-dss-judged-5": Method(star_dss(5.0, judged=True), "STAR-DSS, judged", GUARD),
     "star-dss-judged-20": Method(star_dss(20.0, judged=True), "STAR-DSS, judged", GUARD),
 }
-# On every protocol, of a peer the strength that dominates most on SWEPT with the first seed; all others, strengths and ablations, on SWEPT
-# with the first seed.
-CORE = ("lora", "agl", "agl-own", "agl-statistics", "budget-3e-3", "ewc-1e4", "replay", "replay-own", "kl")
-CORE += ("safe-lora", "salora", "splora", "lox", "asft", "spf", "ogpsa", "lookahead-real")
-CORE += ("safegrad-1", "ssah-0.5", "kl-sft-0.3", "dft-kl-0.1", "oft", "osf-0.5", "guardspace-0.8")
-CORE += ("similarity-0.05", "sot", "lapt-0.03", "star-dss-1", "star-dss-judged-1", "lora+scans", "lora+alphasteer")
+# On every protocol. Of a peer it is the strength that dominates most, in the mean over SWEPT with the first seed; of AGL the defaults. All
+# others, strengths and ablations, run on SWEPT with the first seed.
+CORE = ("lora", "agl", "agl-rows-16", "agl-statistics", "budget-3e-3")
+CORE += (
+    "ewc-1e4",
+    "replay-1",
+    "replay-own",
+    "kl-3",
+    "safe-lora-7",
+    "salora-64",
+    "splora",
+    "lox",
+    "asft",
+    "spf-4",
+    "ogpsa",
+)
+CORE += ("lookahead-real-12", "safegrad-1", "ssah-0.5", "kl-sft-0.3", "dft-kl-0.1", "oft", "osf-0.5", "guardspace-0.8")
+CORE += (
+    "similarity-0.05",
+    "sot",
+    "lapt-0.03",
+    "star-dss-1",
+    "star-dss-judged-20",
+    "lora+scans-0.3",
+    "lora+alphasteer-0.3",
+)
 SWEPT = ("steps", "hostile-10")
 SEEDED = (*TASKS, "hostile-1", "hostile-10", "identity", "attack")  # with every seed; the others with the first
 QUICK = ("lora", "agl", "budget-3e-3", "replay")

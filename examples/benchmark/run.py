@@ -23,6 +23,9 @@ from .protocols import PROTOCOLS, attack, test_rows, training_rows
 from .setting import PUBLISHED, Setting, reference_answers
 
 
+ALIGNED = "aligned"  # stands for a method in the results
+
+
 def start_worker() -> None:
     """One thread and no noise."""
     quiet()
@@ -95,9 +98,10 @@ def run_one(pairs: tuple[tuple[str, str], ...], seed: int, steps: int, folder: P
 
 
 def aligned(protocol: str) -> dict:
-    """Figures of the aligned model."""
+    """The line of the results of the aligned model, before any training."""
     test = test_rows(PROTOCOLS[protocol])
-    return vars(evaluate("aligned", 0, load_model(), load_tokenizer(), heldout_prompts(), test, progress=False)[1])
+    _, run = evaluate(ALIGNED, 0, load_model(), load_tokenizer(), heldout_prompts(), test, progress=False)
+    return {"protocol": protocol, "steps": 0, "run": vars(run)}
 
 
 def reset_peak() -> None:

@@ -17,8 +17,9 @@ to answer among the rows that AGL has by default.
 from collections.abc import Callable
 
 import torch
+from peft import PeftModel
 from torch import Tensor
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, TrainerCallback
 from trl import SFTConfig, SFTTrainer
 
 from agl_trl.data.alignment import AlignmentRow, batches
@@ -57,6 +58,23 @@ def critical(safety: Tensor, utility: Tensor, share: float) -> Tensor:
     return frozen
 
 
+class Freeze(TrainerCallback):
+    """Units whose rows of B get no gradient, in this training alone: whoever trains on, trains all of them."""
+
+    def __init__(self, model: PeftModel, frozen: dict[str, Tensor]):
+        def rows(unfrozen: Tensor) -> Callable[[Tensor], Tensor]:
+            return lambda gradient: gradient * unfrozen
+
+        self.handles = []
+        for layer in adapted_layers(model):
+            _, B = layer.parameters()
+            self.handles.append(B.register_hook(rows(~frozen[layer.name][:, None])))
+
+    def on_train_end(self, args, state, control, **kwargs):
+        for handle in self.handles:
+            handle.remove()
+
+
 def ssah(share: float = 0.075) -> Callable[[Setting], SFTTrainer]:
     """With the share of units of every layer that is frozen."""
 
@@ -68,10 +86,8 @@ def ssah(share: float = 0.075) -> Callable[[Setting], SFTTrainer]:
             importance(aligned, [row for row, own in zip(rows, kinds, strict=True) if own == kind], pad)
             for kind in (REFUSE, COMPLY)
         )
-        for layer in adapted_layers(trainer.model):
-            _, B = layer.parameters()
-            trained = ~critical(safety[layer.name], utility[layer.name], share)[:, None]
-            B.register_hook(lambda gradient, trained=trained: gradient * trained)
+        frozen = {name: critical(safety[name], utility[name], share) for name in safety}
+        trainer.add_callback(Freeze(trainer.model, frozen))
         return trainer
 
     return make

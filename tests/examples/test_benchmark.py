@@ -1,6 +1,5 @@
 """The benchmark harness, on runs of a few steps: every method trains, runs are resumed, the report holds them."""
 
-import json
 import shutil
 import subprocess
 import sys
@@ -20,6 +19,7 @@ from examples.benchmark import baselines, ideas, methods
 from examples.benchmark.methods import CORE, METHODS, SEEDED, Setting, wanted
 from examples.benchmark.protocols import PROTOCOLS, trained_alike, training_rows
 from examples.benchmark.ranking import best_of_families, expected_hypervolume, hypervolume, ranking, share
+from examples.benchmark.report import at_a_glance, read, results_file, write_report
 from examples.benchmark.setting import PUBLISHED, published_statistics
 from tests.helpers.processes import ROOT
 
@@ -137,7 +137,7 @@ def test_the_best_of_a_family_is_the_one_that_dominates_most():
 def test_peers_have_three_strengths():
     """All but those that have none to choose: a variant of another family, or a stack on AGL."""
     counts = Counter(method.family for method in METHODS.values())
-    for name in {*CORE} - {"agl-own"}:
+    for name in {*CORE} - {"agl-rows-16"}:
         assert counts[METHODS[name].family] >= 3, name
     for name in METHODS:
         assert wanted(name, "attack", 0) == wanted(name, "attack", 2) == (name in CORE)
@@ -145,9 +145,9 @@ def test_peers_have_three_strengths():
         assert not wanted(name, "hostile-30", 1)
 
 
-def test_the_full_comparison_takes_four_hours_on_two_cores(tmp_path):
+def test_the_full_comparison_takes_four_hours_on_two_cores():
     """And what has been run is not planned again."""
-    told = benchmark.planned(tuple(METHODS), tuple(PROTOCOLS), 3, benchmark.STEPS, tmp_path, full=True)
+    told = benchmark.planned(tuple(METHODS), tuple(PROTOCOLS), 3, benchmark.STEPS, [], full=True)
     assert len(told) * benchmark.STEPS * benchmark.SECONDS_PER_STEP / 2 <= 4 * 3600
     pairs = [(*pair, seed) for together, seed in told for pair in together]
     assert len({*pairs}) == len(pairs) and {p for p, _, _ in pairs} == {*PROTOCOLS}
@@ -158,11 +158,26 @@ def test_the_full_comparison_takes_four_hours_on_two_cores(tmp_path):
         *(("steps", name) for name in ("agl", "agl+scans", "agl+alphasteer")),
         ("attack", "agl"),
     ), "the attack changes the adapter, so that it stands last"
-    path = tmp_path / "runs" / f"steps__agl__0__{benchmark.STEPS}.json"
-    path.parent.mkdir()
-    path.write_text("{}")
-    rest = benchmark.planned(("agl",), ("steps", "attack"), 2, benchmark.STEPS, tmp_path, full=True)
+    there = [
+        {"protocol": "steps", "run": {"name": "agl", "seed": 0}, "steps": steps} for steps in (benchmark.STEPS, 2)
+    ]
+    rest = benchmark.planned(("agl",), ("steps", "attack"), 2, benchmark.STEPS, there, full=True)
     assert rest == [((("attack", "agl"),), 0), ((("steps", "agl"), ("attack", "agl")), 1)]
+    assert len(benchmark.planned(("agl",), ("steps",), 1, benchmark.STEPS, there[1:], full=True)) == 1
+
+
+def test_published_results_are_the_published_report(tmp_path):
+    """Every number of the report, made again from the lines beside it; they hold all that is compared with every seed."""
+    folder = Path(benchmark.__file__).parent
+    shutil.copy(results_file(folder), tmp_path)
+    write_report(tmp_path, benchmark.STEPS)
+    assert (tmp_path / "report.md").read_text() == (folder / "report.md").read_text()
+    lines = read(folder)
+    missing = benchmark.planned(tuple(METHODS), tuple(PROTOCOLS), 3, benchmark.STEPS, lines, full=True)
+    assert not {protocol for together, _ in missing for protocol, _ in together} & {*SEEDED}
+    assert len({(p, r["name"], r["seed"]) for p, r in ((line["protocol"], line["run"]) for line in lines)}) == len(
+        lines
+    )
 
 
 @pytest.mark.parametrize("protocol", ["hostile-1", "hostile-30", "identity", "three-tasks", "attack"])
@@ -201,39 +216,59 @@ def finished(tmp_path_factory) -> Path:
 
 def test_neither_workers_nor_shared_training_change_a_run(finished, tmp_path):
     """The same attack alone, in one process at a time, from the same statistics."""
-    for shared in (PUBLISHED, "aligned"):
-        shutil.copytree(finished / shared, tmp_path / shared)
+    shutil.copytree(finished / PUBLISHED, tmp_path / PUBLISHED)
     options = dict(seeds=1, steps=2, workers=1, quick=False, output_dir=tmp_path)
     for name in ("lora", "lora+alphasteer"):
         benchmark.main(methods=name, protocols="attack", **options)
 
-    def figures(folder: Path, name: str) -> dict:
-        result = json.loads((folder / "runs" / f"attack__{name}__0__2.json").read_text())
-        assert result.pop("peak_bytes") > 1e8 and result["run"].pop("train_seconds") > 0
-        assert result.pop("cpu_seconds") > 0
-        return result
+    def figures(folder: Path) -> dict[str, dict]:
+        found = {}
+        for line in read(folder):
+            if line["protocol"] == "attack":
+                found[line["run"]["name"]] = line
+                assert line["steps"] == 0 or line.pop("peak_bytes") > 1e8 and line["run"].pop("train_seconds") > 0
+                assert line["steps"] == 0 or line.pop("cpu_seconds") > 0
+        return found
 
-    for name in ("lora", "lora+alphasteer"):
-        assert figures(tmp_path, name) == figures(finished, name)
-    assert len(list((finished / "runs").iterdir())) == 4
+    assert figures(tmp_path) == figures(finished) and set(figures(finished)) == {"aligned", "lora", "lora+alphasteer"}
+    assert len(read(finished)) == 4 + 2
     assert "## Ranking" in (finished / "report.md").read_text()
 
 
 def test_runs_are_resumed_and_reported(finished, tmp_path):
     folder = tmp_path / "again"
     shutil.copytree(finished, folder)
-    first = {path: path.stat().st_mtime_ns for path in (folder / "runs").iterdir()}
+    first = read(folder)
     options = dict(seeds=1, steps=2, workers=1, quick=False, output_dir=folder)
     benchmark.main(methods="lora,budget-1e-3", protocols="steps", **options)
-    names = {
-        f"{protocol}__{name}__0__2.json" for protocol in ("steps", "attack") for name in ("lora", "lora+alphasteer")
-    }
-    assert {path.name for path in first} == names
-    assert all(path.stat().st_mtime_ns == when for path, when in first.items()), "a finished run is not repeated"
+    *before, run = read(folder)
+    assert before == first, "a finished run is not repeated"
     report = (folder / "report.md").read_text()
     assert (
         "| lora | 1 | nothing |" in report and "| budget-1e-3 | 1 | statistics |" in report and "1 of 1 runs" in report
     )
     assert (folder / "curves.png").stat().st_size > 10_000 and not (folder / "scratch").exists()
-    run = json.loads(next((folder / "runs").glob("*budget*")).read_text())
     assert run["budget_kept"] and run["run"]["relative_drift"] <= 1e-3
+
+
+def test_at_a_glance_by_hand():
+    """Two protocols, the second an attack; a method that ran on one of them alone is left out."""
+
+    def run(refuses: float, over: float, loss: float, drift: float, **costs: float) -> dict:
+        return dict(refusal_unsafe=refuses, over_refusal=over, task_nll=loss, unsafe_nll=drift, **costs)
+
+    results = {
+        ("steps", "lora"): [run(0.0, 0.0, 0.01, 1.0, time=1.0, memory=1.0)],
+        ("steps", "kl"): [
+            run(1.0, 0.1, 0.1, 0.01, time=2.0, memory=1.5),
+            run(0.5, 0.2, 0.1, 0.01, time=3.0, memory=1.0),
+        ],
+        ("steps", "oft"): [run(1.0, 0.0, 0.01, 0.01)],
+        ("attack", "lora"): [run(0.0, 0.0, 0.01, 1.0, time=1.0, memory=1.0)],
+        ("attack", "kl"): [run(0.25, 0.0, 0.01, 0.1, time=2.5, memory=1.25)],
+    }
+    table = at_a_glance(results, {p: dict(unsafe_nll=0.01, task_nll=1.0) for p in ("steps", "attack")})
+    head, _, first, second = (line.strip("| ").split(" | ") for line in table.splitlines())
+    assert head == ["method", "data in the run", "seeds", "area", "`steps`", "`attack`", "time", "memory"]
+    assert first == ["`kl`", "safety rows", "1", "0.500", "75.0% / 15.0%, 0.100", "25.0%", "2.50", "1.25"]
+    assert second == ["`lora`", "nothing", "1", "0.000", "0.0% / 0.0%, 0.010", "0.0%", "1.00", "1.00"]
