@@ -154,7 +154,10 @@ def _beginnings(model: PreTrainedModel | PeftModel, batch: AlignmentBatch) -> tu
 
 
 def _kl(base: Tensor, tuned: Tensor) -> Tensor:
-    """Mean over the tokens of one answer; row by row, as a batch of vocabularies in float32 is large."""
+    """
+    Mean over the tokens of one answer, `Σ p (ln p − ln q) − p + q`, whose rounding errors stay small beside a small KL as p and q sum to
+    one; row by row, as a batch of vocabularies in float32 is large.
+    """
     common = min(base.shape[-1], tuned.shape[-1])
     p, q = (side[:, :common].float().log_softmax(-1) for side in (base, tuned))
-    return (p.exp() * (p - q)).sum(-1).mean()
+    return (p.exp() * (p - q) - p.exp() + q.exp()).sum(-1).mean()

@@ -223,7 +223,10 @@ def test_answers_and_kl_are_of_the_model_as_it_answers(name, tokenizer):
         ids = question + tokenizer(base_answer, add_special_tokens=False)["input_ids"][:8]
         with torch.no_grad():
             p, q = (
-                one(input_ids=torch.tensor([ids])).logits[0, -1 - (len(ids) - len(question)) : -1].log_softmax(-1)
+                one(input_ids=torch.tensor([ids]))
+                .logits[0, -1 - (len(ids) - len(question)) : -1]
+                .double()
+                .log_softmax(-1)
                 for one in (base, model)
             )
         assert found == pytest.approx((p.exp() * (p - q)).sum(-1).mean().item(), rel=1e-4)
