@@ -12,14 +12,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..artifacts.files import REFERENCE_ANSWERS_FILE, ArtifactError, check_file, write_atomically
 from ..artifacts.location import find_artifact
-from ..data.alignment import (
-    AlignmentRow,
-    driftcaps_requests,
-    is_text_alone,
-    select_rows,
-    tokenize_rows,
-    with_request,
-)
+from ..data.alignment import AlignmentRow, driftcaps_requests, select_rows, tokenize_rows
 from ..data.files import load_rows
 from ..data.rows import Row, RowError, is_prompt_only
 from ..fisher.protected_rows import COMPLY, NUM_REFERENCE_ANSWERS, REFUSE
@@ -27,6 +20,7 @@ from ..fisher.reference_answers import ReferenceAnswers
 from ..modeling.forward import context_length
 from ..modeling.generation import answered_by
 from ..modeling.loading import load_model
+from ..screening.requests import is_text_alone, with_request
 from ..screening.screen import learn_directions, screen_rows
 
 

@@ -12,17 +12,7 @@ from transformers import PreTrainedTokenizerBase
 
 from ..driftcaps import alignment_rows
 from .labels import PROTECTED_COLUMN, is_protected
-from .rows import (
-    OF_TEMPLATE,
-    SHAREGPT,
-    Row,
-    RowError,
-    content_ids,
-    read_columns,
-    row_name,
-    template_options,
-    told_by,
-)
+from .rows import Row, RowError, content_ids, read_columns, row_name, template_options, told_by
 
 
 SEARCHED = 10  # rows of a stream that are read for each one that is not unsafe
@@ -136,30 +126,6 @@ def pad_token_id(tokenizer: PreTrainedTokenizerBase) -> int:
     """Padding token; of a tokenizer without one the end-of-sequence token, or any: the attention mask hides it."""
     found = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
     return 0 if found is None else found
-
-
-def with_request(row: Row) -> Row:
-    """
-    A conversation that ends with the assistant as prompt and answer, which the tokens of the whole do not tell apart; any other row
-    as it is.
-    """
-    if row.tokens is not None or row.keys() & {"chosen_ids", "input_ids"}:
-        return row
-    columns = read_columns(row)
-    if columns.keys() != {"messages"}:
-        return row
-    *before, last = columns["messages"]
-    if not before or SHAREGPT.get(last["role"], last["role"]) != "assistant":
-        return row
-    told = {column: row[column] for column in OF_TEMPLATE if column in row}
-    return Row(told | {"prompt": before, "completion": [last]}, row.number)
-
-
-def is_text_alone(row: Row) -> bool:
-    """Whether nothing in a row tells its request from its answer."""
-    if row.keys() & {"chosen_ids", "input_ids"}:
-        return not row.keys() & {"chosen_ids", "labels"}
-    return row.tokens is None and not read_columns(with_request(row)).keys() & {"prompt", "chosen"}
 
 
 def tokenize_rows(

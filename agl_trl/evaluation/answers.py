@@ -161,9 +161,8 @@ def answer_until(
         batch_size (`int`):
             Prompts per batch.
     """
-    order = torch.randperm(
-        len(prompts), generator=torch.Generator().manual_seed(0)
-    ).tolist()  # kinds and categories mixed
+    # Kinds and categories mixed.
+    order = torch.randperm(len(prompts), generator=torch.Generator().manual_seed(0)).tolist()
     asked, refused_tuned = torch.zeros(len(prompts), dtype=torch.bool), torch.zeros(len(prompts), dtype=torch.bool)
     unfinished = base.unfinished
     parts = []

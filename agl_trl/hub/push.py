@@ -21,9 +21,8 @@ from ..drift.report import DriftReport
 
 # Names of files and folders, at any depth: temporary ones, and answers, which may say what nobody should read.
 NEVER_PUSHED = ("_*", ".cache", ".git", "abilities.jsonl", "answers.jsonl", "*-answers.jsonl", "unfinished-*.jsonl")
-TRAINING_ARGS = (
-    "training_args.bin"  # the arguments of a run as a pickle, in which any trainer but ours leaves the token
-)
+# The arguments of a run as a pickle, in which any trainer but ours leaves the token.
+TRAINING_ARGS = "training_args.bin"
 REFERENCE = "ref"  # TRL's name for the frozen adapter that DPO trains against; PEFT saves it in a folder of this name
 ADAPTER_FILES = ("adapter_config.json", ADAPTER_FILE)
 CHECKPOINTS = ("checkpoint-*", "last-checkpoint/*")

@@ -10,10 +10,11 @@ from torch import Tensor
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from ..data.alignment import AlignmentBatch, AlignmentRow, batches, pad_token_id, tokenize_row, with_request
+from ..data.alignment import AlignmentBatch, AlignmentRow, batches, pad_token_id, tokenize_row
 from ..data.rows import Row
 from ..modeling.forward import context_length, evaluating, forward_at, input_device
 from .directions import Direction, against, along, mean_difference
+from .requests import with_request
 
 
 WINDOW = 1024  # rows that are tokenized at a time, and batched by length

@@ -107,6 +107,8 @@ def test_ssah_leaves_the_share_of_rows_at_zero(tmp_path):
         _, B = layer.parameters()
         still = (B == 0).all(1).sum().item()
         assert still == round(0.3 * len(B)), layer.name
+        B.sum().backward()
+        assert B.grad.count_nonzero() == B.numel(), "whoever trains on, trains all of them"
 
 
 def test_anchored_sft_is_this_sum_with_this_gradient():
